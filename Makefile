@@ -1,0 +1,30 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each sets up .venv first, once.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: demo test lint mutants clean
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/ready
+	.venv/bin/torchrun --standalone --nproc-per-node 2 -m qtp.run_pa --model qtp/demo/dense --tp 2 --max_output_length 48 \
+	    --input_texts "def mean(data):" "class Path:"
+
+test: .venv/ready
+	$(PY) -m pytest -n 2
+
+lint: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+mutants: .venv/ready
+	$(PY) scripts/mutants.py --only "$(ONLY)"
+
+clean:
+	rm -rf .venv build *.egg-info

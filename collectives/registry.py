@@ -1,0 +1,45 @@
+"""Backends by name. A vendor adds one through the entry point group `qtp.collectives`, without touching this repository."""
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import entry_points
+
+import torch
+
+from collectives.communicator import Communicator
+from collectives.rendezvous import Rendezvous
+
+Factory = Callable[[Rendezvous, torch.device], Communicator]
+
+_FACTORIES: dict[str, str] = {
+    "solo": "collectives.solo:create",
+    "gloo": "collectives.torch_group:gloo",
+    "nccl": "collectives.torch_group:nccl",
+}
+
+
+def register(name: str, target: str) -> None:
+    """Adds the backend `name`; target is "module:function", imported when it is first used."""
+    _FACTORIES[name] = target
+
+
+def available() -> list[str]:
+    """The names that `create` knows."""
+    return sorted({*_FACTORIES, *(point.name for point in entry_points(group="qtp.collectives"))})
+
+
+def create(name: str, rendezvous: Rendezvous, device: torch.device) -> Communicator:
+    """Joins the ranks of `rendezvous`; every rank must call it with the same name. ValueError if the name is unknown."""
+    return _factory(name)(rendezvous, device)
+
+
+def _factory(name: str) -> Factory:
+    if name in _FACTORIES:
+        module, _, function = _FACTORIES[name].partition(":")
+        factory: Factory = getattr(import_module(module), function)
+        return factory
+    for point in entry_points(group="qtp.collectives"):
+        if point.name == name:
+            loaded: Factory = point.load()
+            return loaded
+    raise ValueError(f"communicator {name!r} is unknown; choose one of {', '.join(available())}")

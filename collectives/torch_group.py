@@ -1,0 +1,199 @@
+"""Backends over torch.distributed: the one file that touches it. `gloo` and `nccl` are thin descriptions.
+
+Process groups are built directly, not through the process-wide default group, so nothing here is global and a process may
+hold several communicators.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from collectives.communicator import (
+    CollectiveError,
+    Communicator,
+    check_all_to_all,
+    check_parts,
+    check_ranks,
+    check_sizes,
+    check_src,
+)
+from collectives.network import own_address
+from collectives.rendezvous import Rendezvous
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What differs between the process groups of torch.
+
+    group(store, rank, size, rendezvous) builds one; device_type is where its tensors live; half_sum says whether it sums
+    half precision well by itself (otherwise the sum is done in float32); scatters: has reduce_scatter and all_to_all.
+    """
+
+    name: str
+    device_type: str
+    half_sum: bool
+    scatters: bool
+    group: Callable[[Any, int, int, Rendezvous], Any]
+
+
+class TorchGroup(Communicator):
+    def __init__(self, backend: Backend, store: Any, rank: int, size: int, rendezvous: Rendezvous, device: torch.device) -> None:
+        if device.type != backend.device_type:
+            raise ValueError(f"communicator {backend.name!r} works on {backend.device_type}, not on device {device.type}")
+        self.rank, self.size, self.device = rank, size, device
+        self._backend, self._store, self._rendezvous = backend, store, rendezvous
+        self._splits = 0
+        self._group = backend.group(store, rank, size, rendezvous)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        if self.size == 1 or not x.numel():
+            return x
+        if x.is_contiguous() and (self._backend.half_sum or x.dtype not in _HALF):
+            self._run(lambda: self._group.allreduce([x]))
+            return x
+        dense = x.to(torch.float32 if x.dtype in _HALF else x.dtype, memory_format=torch.contiguous_format, copy=True)
+        self._run(lambda: self._group.allreduce([dense]))
+        return x.copy_(dense)
+
+    def all_gather(self, x: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
+        check_sizes(x, dim, sizes, self.rank, self.size)
+        if self.size == 1:
+            return x
+        width = x.shape[dim] if sizes is None else max(sizes)
+        mine = x.movedim(dim, 0)
+        if mine.shape[0] < width:
+            mine = torch.cat([mine, mine.new_zeros(width - mine.shape[0], *mine.shape[1:])])
+        mine = mine.contiguous()
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        if mine.numel():
+            self._run(lambda: self._group.allgather([rows], [mine]))
+        kept = [row[: sizes[i]] if sizes is not None else row for i, row in enumerate(rows)]
+        return torch.cat(kept).movedim(0, dim)
+
+    def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
+        part = check_parts(x, dim, self.size)
+        if self.size == 1 or not x.numel():
+            return x.narrow(dim, self.rank * part, part).clone()
+        if not self._backend.scatters:
+            return self.all_reduce(x.clone()).narrow(dim, self.rank * part, part).contiguous()
+        out = x.new_empty(part, *x.movedim(dim, 0).shape[1:])
+        whole = x.movedim(dim, 0).contiguous()
+        self._run(lambda: self._group._reduce_scatter_base(out, whole))
+        return out.movedim(0, dim)
+
+    def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
+        check_src(src, self.size)
+        if self.size == 1 or not x.numel():
+            return x
+        dense = x.contiguous()
+        options = dist.BroadcastOptions()
+        options.rootRank = src
+        self._run(lambda: self._group.broadcast([dense], options))
+        return x if dense is x else x.copy_(dense)
+
+    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        check_all_to_all(parts, self.size)
+        if self.size == 1 or not parts[0].numel():
+            return [p.clone() for p in parts]
+        sent = torch.stack(list(parts))
+        if not self._backend.scatters:
+            return list(self.all_gather(sent[None])[:, self.rank].unbind())
+        received = torch.empty_like(sent)
+        self._run(lambda: self._group.alltoall_base(received, sent, [], []))
+        return list(received.unbind())
+
+    def barrier(self) -> None:
+        self._run(lambda: self._group.barrier())
+
+    def split(self, ranks: Sequence[int]) -> Communicator | None:
+        chosen = check_ranks(ranks, self.size)
+        self._splits += 1
+        if self.rank not in chosen:
+            return None
+        store = dist.PrefixStore(f"split/{self._splits}/{'-'.join(map(str, chosen))}", self._store)
+        return TorchGroup(self._backend, store, chosen.index(self.rank), len(chosen), self._rendezvous, self.device)
+
+    def close(self) -> None:
+        self._group = None
+        self._store = None
+
+    def _run(self, start: Callable[[], Any]) -> None:
+        if self._group is None:
+            raise CollectiveError(f"{self._backend.name}: the communicator is closed")
+        with _as_collective_error(self._backend.name):
+            work = start()
+            if work is not None:
+                work.wait()
+
+
+@contextmanager
+def _as_collective_error(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError:
+        raise
+    except RuntimeError as error:
+        if "Invalid scalar type" in str(error):  # the group looks at the dtype before it sends anything
+            raise ValueError(f"communicator {name!r} does not carry tensors of this dtype") from None
+        raise CollectiveError(f"{name}: {str(error).splitlines()[0]}") from None
+
+
+def _join(rendezvous: Rendezvous) -> Any:
+    """The store that all ranks share, once all of them are there. CollectiveError naming the missing ranks otherwise."""
+    timeout = timedelta(seconds=rendezvous.timeout)
+    serves = rendezvous.rank == 0 and not rendezvous.served
+    with _as_collective_error("store"):
+        store = dist.TCPStore(
+            rendezvous.address,
+            rendezvous.port,
+            is_master=serves,
+            timeout=timeout,
+            wait_for_workers=False,
+            master_listen_fd=rendezvous.listener if serves else None,
+        )
+        shared = dist.PrefixStore(f"qtp/{rendezvous.attempt}", store)
+        shared.set(f"here/{rendezvous.rank}", "1")
+        try:
+            shared.wait([f"here/{rank}" for rank in range(rendezvous.size)], timeout)
+        except RuntimeError:
+            missing = [rank for rank in range(rendezvous.size) if not shared.check([f"here/{rank}"])]
+            raise CollectiveError(f"ranks {missing} did not join within {rendezvous.timeout:g} s") from None
+    return shared
+
+
+def _gloo_group(store: Any, rank: int, size: int, rendezvous: Rendezvous) -> Any:
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address(rendezvous.address))]
+    options._timeout = timedelta(seconds=rendezvous.timeout)
+    with _as_collective_error("gloo"):
+        return dist.ProcessGroupGloo(store, rank, size, options)
+
+
+def _nccl_group(store: Any, rank: int, size: int, rendezvous: Rendezvous) -> Any:
+    if not dist.is_nccl_available():
+        raise ValueError("communicator 'nccl' needs a torch build with CUDA; choose gloo")
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=rendezvous.timeout)
+    return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+GLOO = Backend(name="gloo", device_type="cpu", half_sum=False, scatters=False, group=_gloo_group)
+NCCL = Backend(name="nccl", device_type="cuda", half_sum=True, scatters=True, group=_nccl_group)
+
+
+def gloo(rendezvous: Rendezvous, device: torch.device) -> Communicator:
+    """Sockets between hosts and processes, for CPU tensors."""
+    return TorchGroup(GLOO, _join(rendezvous), rendezvous.rank, rendezvous.size, rendezvous, device)
+
+
+def nccl(rendezvous: Rendezvous, device: torch.device) -> Communicator:
+    """NVIDIA's library, for CUDA tensors; one rank a GPU. The caller has made `device` the current one."""
+    return TorchGroup(NCCL, _join(rendezvous), rendezvous.rank, rendezvous.size, rendezvous, device)

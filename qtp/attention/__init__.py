@@ -1,0 +1,1 @@
+"""Attention over paged KV memory. A backend plans once a step and runs once a layer."""

@@ -1,0 +1,123 @@
+"""Paged attention from torch's own operations; runs on any device.
+
+Decoding sequences are padded to the longest and go together; a prefill chunk goes alone, tile by tile of its queries.
+Shapes: T tokens, S decoding sequences, L cached tokens, H query heads, K KV heads, G = H / K, d head_dim, n queries of a tile.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from qtp.batch import Batch
+from qtp.kv.cache import KVCache
+
+_TILE = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Chunk:
+    """A prefill chunk: rows [first, first + count) of the step, at positions start ..., over `blocks`."""
+
+    first: int
+    count: int
+    start: int
+    blocks: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """decode_blocks [S, blocks], padded with a sequence's first block; decode_lens [S]; longest: the largest of them."""
+
+    decode_blocks: Tensor
+    decode_lens: Tensor
+    longest: int
+    even_lens: bool
+    chunks: tuple[_Chunk, ...]
+
+
+class TorchAttention:
+    """kv_of[h] is the local KV head that local query head h reads; groups may be ragged."""
+
+    def __init__(self, cache: KVCache, kv_of: tuple[int, ...], device: torch.device) -> None:
+        kv_heads = kv_of[-1] + 1
+        group = len(kv_of) // kv_heads
+        self.cache = cache
+        self.device = device
+        self.uniform = kv_of == tuple(h // group for h in range(kv_heads * group))
+        self.kv_of_H = torch.tensor(kv_of, device=device)
+
+    def plan(self, batch: Batch) -> _Plan:
+        decodes = batch.num_decodes
+        lens = batch.kv_lens[:decodes]
+        width = max((len(t) for t in batch.tables[:decodes]), default=0)
+        padded = [t + (t[0],) * (width - len(t)) for t in batch.tables[:decodes]]
+        chunks, first = [], decodes
+        for count, length, table in zip(batch.query_lens[decodes:], batch.kv_lens[decodes:], batch.tables[decodes:], strict=True):
+            chunks.append(_Chunk(first=first, count=count, start=length - count, blocks=self._tensor(table)))
+            first += count
+        return _Plan(
+            decode_blocks=self._tensor(padded),
+            decode_lens=self._tensor(lens),
+            longest=max(lens, default=0),
+            even_lens=len(set(lens)) < 2,
+            chunks=tuple(chunks),
+        )
+
+    def run(self, plan: object, layer: int, query_THd: Tensor, window: int | None) -> Tensor:
+        assert isinstance(plan, _Plan)
+        out_THd = torch.empty_like(query_THd)
+        decodes = len(plan.decode_lens)
+        if decodes:
+            out_THd[:decodes] = self._decode(plan, layer, query_THd[:decodes], window)
+        for chunk in plan.chunks:
+            rows = slice(chunk.first, chunk.first + chunk.count)
+            out_THd[rows] = self._prefill(chunk, layer, query_THd[rows], window)
+        return out_THd
+
+    def _decode(self, plan: _Plan, layer: int, query_SHd: Tensor, window: int | None) -> Tensor:
+        keys, values = (kv[:, : plan.longest] for kv in self._read(layer, plan.decode_blocks))
+        mask = None
+        if not plan.even_lens or (window is not None and window < plan.longest):
+            at = torch.arange(plan.longest, device=self.device)
+            lens = plan.decode_lens[:, None]
+            mask = at < lens if window is None else (at < lens) & (at >= lens - window)
+        sequences, heads, width = query_SHd.shape
+        grouped = query_SHd.view(sequences, keys.shape[2], -1, width)
+        if mask is not None:
+            mask = mask[:, None, None].expand(sequences, 1, grouped.shape[2], plan.longest)
+        out = scaled_dot_product_attention(grouped, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask)
+        return out.reshape(sequences, heads, width)
+
+    def _prefill(self, chunk: _Chunk, layer: int, query_THd: Tensor, window: int | None) -> Tensor:
+        length = chunk.start + chunk.count
+        keys, values = (kv[:length].transpose(0, 1)[None] for kv in self._read(layer, chunk.blocks))
+        query = query_THd.transpose(0, 1)[None]
+        gqa = keys.shape[1] != query.shape[1]
+        if chunk.start == 0 and chunk.count <= _TILE and (window is None or window >= length):
+            out = scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=gqa)
+            return out[0].transpose(0, 1)
+        parts = []
+        for tile in range(0, chunk.count, _TILE):
+            stop = min(tile + _TILE, chunk.count)
+            seen = chunk.start + stop
+            rows = torch.arange(chunk.start + tile, seen, device=self.device)[:, None]
+            at = torch.arange(seen, device=self.device)
+            mask = at <= rows if window is None else (at <= rows) & (at > rows - window)
+            parts.append(
+                scaled_dot_product_attention(
+                    query[:, :, tile:stop], keys[:, :, :seen], values[:, :, :seen], attn_mask=mask, enable_gqa=gqa
+                )
+            )
+        return torch.cat(parts, dim=2)[0].transpose(0, 1)
+
+    def _read(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of blocks [..., L, K, d]; with ragged groups one KV head a query head, [..., L, H, d]."""
+        keys, values = self.cache.read(layer, blocks)
+        if self.uniform:
+            return keys, values
+        return keys.index_select(-2, self.kv_of_H), values.index_select(-2, self.kv_of_H)
+
+    def _tensor(self, rows: object) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)

@@ -1,0 +1,54 @@
+"""The batch of one step as tensors. T tokens in the step, sequence by sequence."""
+
+from dataclasses import dataclass
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Everything the forward needs to know about a step; frozen, passed down, the same on every rank.
+
+    token_ids_T, positions_T, slots_T: int64; slots index the KV cache. query_lens: new tokens of each sequence, in order;
+    kv_lens: its tokens in the cache once the step's own are written. tables: the blocks of each sequence in order of
+    position, just those that kv_lens needs. The first `num_decodes` sequences have one new token each.
+    """
+
+    token_ids_T: Tensor
+    positions_T: Tensor
+    slots_T: Tensor
+    query_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    tables: tuple[tuple[int, ...], ...]
+    num_decodes: int
+
+
+def make_batch(parts: list[tuple[tuple[int, ...], int, tuple[int, ...]]], block_size: int, device: torch.device) -> Batch:
+    """A Batch from (token ids of the chunk, position of the first, block table) per sequence, decoding ones first.
+
+    A table may be longer than the sequence needs. Asserts that it is long enough.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    tables = []
+    for ids, start, table in parts:
+        stop = start + len(ids)
+        needed = -(-stop // block_size)
+        assert len(table) >= needed, f"table {table} is too short for {stop} tokens in blocks of {block_size}"
+        tokens += ids
+        positions += range(start, stop)
+        slots += [table[p // block_size] * block_size + p % block_size for p in range(start, stop)]
+        tables.append(table[:needed])
+    token_ids_T, positions_T, slots_T = torch.tensor([tokens, positions, slots], dtype=torch.int64, device=device).unbind()
+    return Batch(
+        token_ids_T=token_ids_T,
+        positions_T=positions_T,
+        slots_T=slots_T,
+        query_lens=tuple(len(ids) for ids, _, _ in parts),
+        kv_lens=tuple(start + len(ids) for ids, start, _ in parts),
+        tables=tuple(tables),
+        num_decodes=sum(1 for _ in takewhile(lambda part: len(part[0]) == 1, parts)),
+    )

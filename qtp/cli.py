@@ -1,0 +1,76 @@
+"""What all command modules share: how flags are spelt, how a user's mistake looks, and when a command ends."""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+from launch.detect import detect
+from launch.watch import RankDied
+
+_PATIENCE = 5.0
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that takes every option in both spellings, --max_output_length and --max-output-length, and raises
+    ValueError, in one line, for a wrong command line."""
+
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        given = sys.argv[1:] if args is None else args
+        return super().parse_args([_underscored(arg) for arg in given], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see --help")
+
+
+def _underscored(arg: str) -> str:
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def boolean(text: str) -> bool:
+    """True or False in the spellings that people use."""
+    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return known[text.lower()]
+
+
+def run(command: Callable[[], int]) -> int:
+    """Runs a command and returns its exit code: 2 after a user's mistake, 1 after a death, told in one line on stderr;
+    130 after Ctrl-C."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        return command()
+    except ValueError as error:
+        _say(f"error: {' '.join(str(error).splitlines())}")
+        return 2
+    except RankDied as death:
+        if death.details:
+            _say(death.details.rstrip())
+        _say(f"error: {death}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _say(line: str) -> None:
+    """Rank 0 speaks. The others, which fail in the same way, first leave it the time to: launchers end all ranks when the
+    first one ends. Whoever is still there after that met something that rank 0 did not, and tells."""
+    try:
+        rank = detect().rank
+    except ValueError:  # the environment itself is the mistake
+        rank = 0
+    if rank > 0:
+        time.sleep(_PATIENCE)
+        line = f"rank {rank}: {line}"
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,39 @@
+"""The tensors of the paged KV cache of one rank."""
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of `kv_heads` heads for every layer, [blocks, block_size, kv_heads, head_dim] a layer.
+
+    Slot s is position s % block_size of block s // block_size. Memory is not initialised: what was not written is never read.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        num_blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (layers, num_blocks, block_size, kv_heads, head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.block_size = block_size
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def write(self, layer: int, slots_T: Tensor, keys_THd: Tensor, values_THd: Tensor) -> None:
+        """Stores the new tokens' keys and values at their slots."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, slots_T, keys_THd)
+        self.values[layer].flatten(0, 1).index_copy_(0, slots_T, values_THd)
+
+    def read(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of whole blocks: blocks [..., n] gives [..., n * block_size, kv_heads, head_dim] twice."""
+        return tuple(cache[layer][blocks].flatten(blocks.dim() - 1, blocks.dim()) for cache in (self.keys, self.values))  # type: ignore[return-value]

@@ -1,0 +1,185 @@
+"""The split algebra: which box of a logical tensor a rank holds.
+
+A box is one `range` a dimension. Every split answers one question, `box(shape, rank, grid)`, and the answer may be empty.
+Cut points are as even as integers allow, so any world size fits: nothing needs to be divisible by it.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from math import prod
+from typing import Protocol
+
+Box = tuple[range, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """How `size` ranks are arranged. Experts are cut over `moe_ep` groups and, inside each expert, columns over `moe_tp`
+    ranks: rank = ep_rank * moe_tp + tp_rank. Everything else is cut over all ranks.
+
+    Raises ValueError if moe_ep * moe_tp is not the number of ranks.
+    """
+
+    size: int
+    moe_ep: int
+    moe_tp: int
+
+    def __post_init__(self) -> None:
+        if min(self.size, self.moe_ep, self.moe_tp) < 1 or self.moe_ep * self.moe_tp != self.size:
+            raise ValueError(
+                f"moe_ep {self.moe_ep} x moe_tp {self.moe_tp} is not the world size {self.size}; give two factors of {self.size}"
+            )
+
+    @classmethod
+    def of(cls, size: int, *, moe_ep: int = -1, moe_tp: int = -1) -> "Grid":
+        """The grid for `size` ranks; -1 means: whatever is left. Both -1: by experts alone."""
+        if moe_ep == -1 and moe_tp == -1:
+            return cls(size=size, moe_ep=size, moe_tp=1)
+        if moe_ep == -1:
+            moe_ep = size // max(moe_tp, 1)
+        if moe_tp == -1:
+            moe_tp = size // max(moe_ep, 1)
+        return cls(size=size, moe_ep=moe_ep, moe_tp=moe_tp)
+
+
+class Split(Protocol):
+    def __hash__(self) -> int: ...
+
+    def box(self, shape: tuple[int, ...], rank: int, grid: Grid) -> Box:
+        """The box of a tensor of `shape` that `rank` holds; a range of it may be empty."""
+        ...
+
+
+def even(total: int, parts: int, part: int, unit: int = 1) -> range:
+    """Part number `part` of `total` elements cut into `parts` ranges of whole units; the first ones get what is left over.
+    The last unit may be shorter than `unit`."""
+    units = -(-total // unit)
+    base, more = divmod(units, parts)
+    start = part * base + min(part, more)
+    stop = start + base + (part < more)
+    return range(min(start * unit, total), min(stop * unit, total))
+
+
+@cache
+def query_head_cuts(heads: int, kv_heads: int, parts: int) -> tuple[int, ...]:
+    """Cut points 0 = c0 <= c1 <= ... <= c_parts = heads of the query heads.
+
+    Sizes are as even as integers allow. Which ranks get the larger size is chosen so that the KV heads that a rank must
+    hold are few: first the most that any rank holds, then their sum (28 query and 4 KV heads over 8 ranks: 4 3 4 3 4 3 4 3,
+    one KV head each). Dynamic programming over (rank, how many large sizes were used): the most is the least possible, the
+    sum breaks ties along the way.
+    """
+    group = heads // kv_heads
+    small, large = divmod(heads, parts)
+
+    def held(start: int, size: int) -> int:
+        return (start + size - 1) // group - start // group + 1 if size else 0
+
+    best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}
+    for part in range(parts):
+        grown: dict[int, tuple[int, int, tuple[int, ...]]] = {}
+        for used, (most, total, sizes) in best.items():
+            for size in (small + 1, small):
+                now = used + (size > small)
+                if now > large or large - now > parts - part - 1:
+                    continue
+                kv = held(part * small + used, size)
+                candidate = (max(most, kv), total + kv, (*sizes, size))
+                if now not in grown or candidate[:2] < grown[now][:2]:
+                    grown[now] = candidate
+        best = grown
+    return (0, *accumulate(best[large][2]))
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Which query heads each rank computes, and the KV heads they read. heads must be a multiple of kv_heads."""
+
+    heads: int
+    kv_heads: int
+
+    def query(self, rank: int, grid: Grid) -> range:
+        cuts = query_head_cuts(self.heads, self.kv_heads, grid.size)
+        return range(cuts[rank], cuts[rank + 1])
+
+    def kv(self, rank: int, grid: Grid) -> range:
+        query, group = self.query(rank, grid), self.heads // self.kv_heads
+        return range(query.start // group, -(-query.stop // group)) if query else range(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Replicate:
+    """Every rank holds the whole tensor."""
+
+    def box(self, shape: tuple[int, ...], rank: int, grid: Grid) -> Box:
+        return tuple(range(n) for n in shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Once:
+    """Rank 0 holds the whole tensor, the others nothing: what is added to a partial sum must be added once."""
+
+    def box(self, shape: tuple[int, ...], rank: int, grid: Grid) -> Box:
+        return tuple(range(n if rank == 0 else 0) for n in shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Even:
+    """Dimension `dim` cut evenly over all ranks, in whole units (MLP columns; the vocabulary)."""
+
+    dim: int
+    unit: int = 1
+
+    def box(self, shape: tuple[int, ...], rank: int, grid: Grid) -> Box:
+        return _along(self.dim, shape, even(shape[self.dim], grid.size, rank, self.unit))
+
+
+@dataclass(frozen=True, slots=True)
+class QueryHeads:
+    """Dimension `dim` holds heads * head_dim elements; a rank gets those of its query heads."""
+
+    dim: int
+    heads: Heads
+
+    def box(self, shape: tuple[int, ...], rank: int, grid: Grid) -> Box:
+        return _along(self.dim, shape, _scaled(self.heads.query(rank, grid), shape[self.dim] // self.heads.heads))
+
+
+@dataclass(frozen=True, slots=True)
+class KVHeads:
+    """Dimension `dim` holds kv_heads * head_dim elements; a rank gets the KV heads its query heads read. Ranks may overlap."""
+
+    dim: int
+    heads: Heads
+
+    def box(self, shape: tuple[int, ...], rank: int, grid: Grid) -> Box:
+        return _along(self.dim, shape, _scaled(self.heads.kv(rank, grid), shape[self.dim] // self.heads.kv_heads))
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """A tensor of one expert: held by the expert's group, there cut along `dim` over the moe_tp ranks of the group."""
+
+    expert: int
+    experts: int
+    dim: int
+
+    def box(self, shape: tuple[int, ...], rank: int, grid: Grid) -> Box:
+        group, part = divmod(rank, grid.moe_tp)
+        if self.expert not in even(self.experts, grid.moe_ep, group):
+            return tuple(range(0) for _ in shape)
+        return _along(self.dim, shape, even(shape[self.dim], grid.moe_tp, part))
+
+
+def elements(box: Box) -> int:
+    """How many elements a box holds."""
+    return prod(len(r) for r in box)
+
+
+def _along(dim: int, shape: tuple[int, ...], taken: range) -> Box:
+    return tuple(taken if i == dim else range(n) for i, n in enumerate(shape))
+
+
+def _scaled(heads: range, width: int) -> range:
+    return range(heads.start * width, heads.stop * width)

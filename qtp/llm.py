@@ -1,0 +1,199 @@
+"""The Python face, in vLLM's words."""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from tqdm import tqdm
+
+from collectives.registry import available
+from launch.detect import detect
+from qtp.config import EngineConfig, ModelConfig
+from qtp.engine.engine import Engine
+from qtp.engine.outputs import RequestOutput
+from qtp.engine.sampling_params import SamplingParams
+from qtp.engine.scheduler import Scheduler
+from qtp.hub import folder_of
+from qtp.kv.blocks import BlockPool
+from qtp.resolve import describe, resolve, shares
+from qtp.tokenizer import Tokenizer
+from qtp.weights.names import declare
+from qtp.weights.store import Store
+from qtp.weights.verify import verify
+from qtp.worker.ranks import Ranks, follow
+
+log = logging.getLogger("qtp")
+
+Prompt = str | Sequence[int]
+Request = tuple[str | None, Sequence[int], SamplingParams]
+
+
+class LLM:
+    """A model on N ranks, and rank 0's engine over them.
+
+        with LLM("Qwen/Qwen2.5-0.5B", tp=2) as llm:
+            llm.generate(["Hello"], SamplingParams(max_tokens=32))
+
+    A lone process becomes rank 0 and starts the others. Under a launcher every rank constructs the LLM with the same
+    arguments; there the constructor serves rank 0 on every other rank and then leaves the process (SystemExit), so that
+    the code after it runs once.
+
+    Arguments: as EngineConfig. load_tokenizer False: token ids in, token ids out. max_position_embeddings replaces the
+    config's. Raises ValueError for the user's mistakes before any weight is read, RankDied when a rank is gone.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        tp: int = -1,
+        *,
+        load_tokenizer: bool = True,
+        max_position_embeddings: int | None = None,
+        progress: bool = False,
+        **choices: Any,
+    ) -> None:
+        config, model_config = prepare(EngineConfig(model=model, tp=tp, **choices), max_position_embeddings)
+        tokenizer = Tokenizer(Path(config.model)) if load_tokenizer else None
+        self._begin(config, model_config, tokenizer, progress)
+
+    @classmethod
+    def prepared(cls, config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer | None, progress: bool) -> Self:
+        """From what `prepare` gave."""
+        llm = cls.__new__(cls)
+        llm._begin(config, model, tokenizer, progress)
+        return llm
+
+    def _begin(self, config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer | None, progress: bool) -> None:
+        rendezvous = detect(config.timeout)
+        if tokenizer is not None:
+            config = replace(config, vocab_limit=tokenizer.size)
+        self.config, self.model_config, self.tokenizer = config, model, tokenizer
+        if rendezvous.rank > 0:
+            sys.exit(follow(config, model, rendezvous))
+        for line in describe(config, model):
+            log.info(line)
+        assert config.num_kv_blocks is not None
+        assert config.max_model_len is not None
+        total = shares(model, config.grid(), config.dtype)[0].weight_bytes
+        with tqdm(total=total, unit="B", unit_scale=True, desc="weights of rank 0", disable=not progress, leave=False) as bar:
+            self.ranks = Ranks(config, model, rendezvous, lambda count: _advance(bar, count))
+        for ready in self.ranks.ready:
+            log.info("rank %d: read %d bytes, holds %d bytes of weights", ready.rank, ready.bytes_read, ready.weight_bytes)
+        pool = BlockPool(config.num_kv_blocks, config.block_size)
+        self.engine = Engine(
+            self.ranks,
+            Scheduler(pool, config.max_num_seqs, config.max_num_batched_tokens, config.max_prefill_seqs),
+            vocab_size=model.vocab_size,
+            max_model_len=config.max_model_len,
+            eos_ids=tuple(dict.fromkeys((*model.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())))),
+            decoder=tokenizer,
+        )
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """One finished RequestOutput a prompt, in order. A prompt is text or token ids; sampling_params is one for all (None:
+        the defaults) or one for each. Raises ValueError, and runs nothing, if any prompt cannot be served."""
+        return self.run(self._requests(prompts, sampling_params), use_tqdm=use_tqdm)
+
+    def run(self, requests: Sequence[Request], *, use_tqdm: bool = False) -> list[RequestOutput]:
+        """One finished RequestOutput for each (text or None, token ids, params), in order."""
+        outputs: dict[int, RequestOutput] = {}
+        with tqdm(total=len(requests), desc="requests", disable=not use_tqdm, leave=False) as bar:
+            for output in self.stream(requests):
+                if output.finished:
+                    outputs[output.request_id] = output
+                    bar.update()
+        return [outputs[i] for i in sorted(outputs)]
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[RequestOutput]:
+        """Runs (text or None, token ids, params) requests and yields each one's output so far whenever it has grown. If the
+        caller stops iterating, the rest is aborted."""
+        for _, ids, params in requests:
+            self.engine.check(ids, params)
+        running = {self.engine.add(ids, params, text) for text, ids, params in requests}
+        try:
+            while running:
+                for output in self.engine.step():
+                    if output.finished:
+                        running.discard(output.request_id)
+                    yield output
+        finally:
+            for request_id in running:
+                self.engine.abort(request_id)
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, str]] | Sequence[Sequence[dict[str, str]]],
+        sampling_params: SamplingParams | None = None,
+        *,
+        chat_template: str | None = None,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """As `generate`, for one conversation ({"role", "content"} each) or several, through the chat template."""
+        if self.tokenizer is None:
+            raise ValueError("chat needs a tokenizer; construct the LLM with load_tokenizer=True")
+        many = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts = [self.tokenizer.chat(conversation, chat_template) for conversation in many]  # type: ignore[arg-type]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def close(self) -> None:
+        """Ends all ranks. Harmless when repeated."""
+        self.ranks.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _requests(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Request]:
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        many: Sequence[Any] = [prompts] if single else prompts
+        each = [params or SamplingParams()] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(many):
+            raise ValueError(f"{len(many)} prompts but {len(each)} sampling_params; give one for all or one for each")
+        return [(p if isinstance(p, str) else None, self._ids(p), s) for p, s in zip(many, each, strict=True)]
+
+    def _ids(self, prompt: Prompt) -> Sequence[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise ValueError("a text prompt needs a tokenizer; construct the LLM with load_tokenizer=True or give token ids")
+        return self.tokenizer.encode(prompt)
+
+
+def _check_communicator(config: EngineConfig) -> None:
+    known = sorted({*available(), "loopback"})
+    if config.communicator not in known:
+        raise ValueError(f"communicator {config.communicator!r} is unknown; choose one of auto, {', '.join(known)}")
+    if config.communicator == "solo" and config.tp > 1:
+        raise ValueError(f"communicator 'solo' serves one rank, not tp {config.tp}; choose auto")
+
+
+def _advance(bar: "tqdm[Any]", count: int) -> None:
+    bar.update(count)
+
+
+def prepare(config: EngineConfig, max_position_embeddings: int | None = None) -> tuple[EngineConfig, ModelConfig]:
+    """Everything that can be settled and refused before a rank is started: the folder, the model's config, all open choices,
+    and that the weight files hold every tensor of the model. Reads headers only. The same on every rank."""
+    folder = folder_of(config.model)
+    model = ModelConfig.load(folder)
+    if max_position_embeddings is not None:
+        model = replace(model, max_position=max_position_embeddings)
+    config = resolve(replace(config, model=str(folder)), model, detect(config.timeout).size, cuda=torch.cuda.is_available())
+    _check_communicator(config)
+    store = Store(folder)
+    verify(store, declare(model), config.grid())
+    return config, model

@@ -1,0 +1,121 @@
+"""From what was asked to what is run: every choice left open in an EngineConfig is made here, from the model alone, the same
+on every rank. Also the arithmetic of memory that `qtp.plan` prints."""
+
+from dataclasses import dataclass, replace
+
+from qtp.config import EngineConfig, ModelConfig
+from qtp.layout.split import Grid
+from qtp.weights.names import declare
+
+ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankShare:
+    """What one rank holds. experts: how many of each sparse layer; weight_bytes and kv_bytes_per_token in the run's dtype."""
+
+    rank: int
+    query_heads: range
+    kv_heads: range
+    mlp_columns: int
+    experts: int
+    vocab: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+
+def shares(model: ModelConfig, grid: Grid, dtype: str) -> list[RankShare]:
+    """The share of each rank, by rank."""
+    specs, item = declare(model), ITEM_SIZE[dtype]
+    by_name = {spec.name: spec for spec in specs}
+    sparse = min(model.moe.layers, default=None) if model.moe else None
+    dense = next((i for i in range(model.num_layers) if not model.moe or i not in model.moe.layers), None)
+
+    def share(rank: int) -> RankShare:
+        kv = model.heads.kv(rank, grid)
+        experts = range(model.moe.num_experts) if model.moe else ()
+        downs = [by_name[f"layers.{sparse}.moe.experts.{e}.down.weight"] for e in experts if sparse is not None]
+        column = f"layers.{dense}.mlp.down.weight" if dense is not None else f"layers.{sparse}.moe.shared.down.weight"
+        return RankShare(
+            rank=rank,
+            query_heads=model.heads.query(rank, grid),
+            kv_heads=kv,
+            mlp_columns=by_name[column].shape(rank, grid)[1],
+            experts=sum(spec.elements(rank, grid) > 0 for spec in downs),
+            vocab=by_name["embed.weight"].shape(rank, grid)[0],
+            weight_bytes=item * sum(spec.elements(rank, grid) for spec in specs),
+            kv_bytes_per_token=2 * model.num_layers * len(kv) * model.head_dim * item,
+        )
+
+    return [share(rank) for rank in range(grid.size)]
+
+
+def context_limit(model: ModelConfig) -> int:
+    """The longest context in tokens that the model's positions are made for."""
+    return max(model.max_position, int(model.rope.factor * model.rope.original_max_position))
+
+
+def resolve(config: EngineConfig, model: ModelConfig, world_size: int, *, cuda: bool) -> EngineConfig:
+    """`config` with tp, dtype, device, communicator, max_model_len and num_kv_blocks settled.
+
+    world_size: what a launcher started, 1 for a lone process. Raises ValueError for a choice that cannot be.
+    """
+    tp = world_size if config.tp == -1 else config.tp
+    if tp < 1:
+        raise ValueError(f"tp {config.tp} must be at least 1, or -1 for the world size")
+    if world_size > 1 and tp != world_size:
+        raise ValueError(f"tp {tp} disagrees with the world size {world_size} of the launcher; start {tp} ranks, or leave tp out")
+    model.check_world(tp)
+    config = replace(config, tp=tp)
+    grid = config.grid()
+    if model.moe is not None and config.moe_ep > model.moe.num_experts:
+        raise ValueError(
+            f"moe_ep {config.moe_ep} is more than the {model.moe.num_experts} experts; use {model.moe.num_experts} or less"
+        )
+    limit = context_limit(model)
+    length = config.max_model_len or limit
+    if length > limit:
+        raise ValueError(f"max_model_len {length} is beyond the {limit} positions of this model; lower it to {limit} or less")
+    device = config.device if config.device != "auto" else ("cuda" if cuda else "cpu")
+    if device == "cuda" and not cuda:
+        raise ValueError("device cuda: no CUDA device was found by this torch; choose cpu")
+    dtype = model.dtype if config.dtype == "auto" else config.dtype
+    communicator = config.communicator
+    if communicator == "auto":
+        communicator = "solo" if tp == 1 else ("nccl" if device == "cuda" else "gloo")
+    config = replace(config, dtype=dtype, device=device, communicator=communicator, max_model_len=length)
+    blocks = config.num_kv_blocks or _kv_blocks(config, model, grid, length)
+    return replace(config, num_kv_blocks=blocks)
+
+
+def _kv_blocks(config: EngineConfig, model: ModelConfig, grid: Grid, length: int) -> int:
+    """As many blocks as max_num_seqs sequences of `length` tokens could use, within kv_cache_gib on the fullest rank."""
+    per_block = config.block_size * max(share.kv_bytes_per_token for share in shares(model, grid, config.dtype))
+    most = config.max_num_seqs * -(-length // config.block_size)
+    fits = int(config.kv_cache_gib * 2**30) // per_block
+    if fits < 1:
+        raise ValueError(
+            f"kv_cache_gib {config.kv_cache_gib:g} is less than one block of {per_block} bytes; raise it or lower block_size"
+        )
+    return min(most, fits)
+
+
+def describe(config: EngineConfig, model: ModelConfig) -> list[str]:
+    """What was chosen: the run in one line, then each rank's share, then the waste of an uneven cut."""
+    grid = config.grid()
+    rows = shares(model, grid, config.dtype)
+    weights = [row.weight_bytes for row in rows]
+    head = (
+        f"tp {config.tp} (moe_ep {grid.moe_ep}, moe_tp {grid.moe_tp}), {config.dtype} on {config.device}, communicator "
+        f"{config.communicator}, {config.num_kv_blocks} KV blocks of {config.block_size} tokens, context {config.max_model_len}"
+    )
+    waste = f"the fullest rank holds {max(weights) * len(weights) / sum(weights):.2f} times the mean"
+    return [head, *map(_row, rows), waste]
+
+
+def _row(s: RankShare) -> str:
+    return (
+        f"rank {s.rank}: query heads {s.query_heads.start}-{s.query_heads.stop - 1}, "
+        f"KV heads {s.kv_heads.start}-{s.kv_heads.stop - 1}, {s.mlp_columns} columns, {s.experts} experts, "
+        f"{s.weight_bytes / 2**20:.1f} MiB weights, {s.kv_bytes_per_token} KV bytes a token"
+    )

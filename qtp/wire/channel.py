@@ -1,0 +1,284 @@
+"""The control channel: rank 0 to every other rank, over sockets or, for ranks that are threads, over queues.
+
+A frame is four bytes of length, big-endian, and that many bytes of a message. A closed channel is how a death is noticed.
+"""
+
+import hmac
+import queue
+import secrets
+import socket
+import struct
+import threading
+import time
+from abc import ABC, abstractmethod
+
+from launch.watch import RankDied
+from qtp.wire.codec import decode, encode
+from qtp.wire.messages import Failure, Hello, Message, Ready
+
+_LENGTH = struct.Struct(">I")
+MAX_FRAME = 1 << 28
+MAX_HELLO = 4096
+
+
+class Closed(Exception):
+    """The other end of the channel is gone."""
+
+
+class Leader(ABC):
+    """Rank 0's end."""
+
+    @abstractmethod
+    def send(self, message: Message) -> None:
+        """To every other rank. RankDied if one is gone."""
+
+    @abstractmethod
+    def ready(self, timeout: float | None = None) -> list[Ready]:
+        """Waits until every other rank is ready; RankDied with the first failure otherwise. Reading weights may take its
+        time, so there is no limit by default; TimeoutError naming the missing ranks if there is one."""
+
+    @abstractmethod
+    def failure(self, wait: float) -> RankDied | None:
+        """The first death or failure that a rank reported, waiting up to `wait` seconds for one to arrive."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class Follower(ABC):
+    """Any other rank's end."""
+
+    @abstractmethod
+    def send(self, message: Message) -> None: ...
+
+    @abstractmethod
+    def receive(self) -> Message:
+        """Blocks for the next message. Closed if rank 0 is gone."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class _Inbox:
+    """What the followers told rank 0: who is ready, and the first failure."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.readies: list[Ready] = []
+        self.failed: list[RankDied] = []
+        self.changed = threading.Condition()
+
+    def put(self, hello: Hello, message: Message) -> None:
+        with self.changed:
+            if isinstance(message, Ready):
+                self.readies.append(message)
+            elif isinstance(message, Failure):
+                death = RankDied(
+                    hello.rank, hello.host, hello.pid, message.cause, details=message.details, user_error=message.user_error
+                )
+                self.failed.append(death)
+            self.changed.notify_all()
+
+    def lost(self, hello: Hello, cause: str) -> None:
+        with self.changed:
+            if all(death.rank != hello.rank for death in self.failed):
+                self.failed.append(RankDied(hello.rank, hello.host, hello.pid, cause))
+            self.changed.notify_all()
+
+    def ready(self, timeout: float | None) -> list[Ready]:
+        with self.changed:
+            self.changed.wait_for(lambda: self.failed or len(self.readies) == self.size - 1, timeout)
+            if self.failed:
+                raise self.failed[0]
+            if len(self.readies) < self.size - 1:
+                missing = sorted(set(range(1, self.size)) - {r.rank for r in self.readies})
+                raise TimeoutError(f"ranks {missing} were not ready within {timeout:g} s")
+            return sorted(self.readies, key=lambda r: r.rank)
+
+    def failure(self, wait: float) -> RankDied | None:
+        with self.changed:
+            self.changed.wait_for(lambda: bool(self.failed), wait)
+            return self.failed[0] if self.failed else None
+
+
+class SocketLeader(Leader):
+    """Listens on `address`, on a port of the system's choice, for `size` - 1 followers that know `token`."""
+
+    def __init__(self, address: str, size: int, token: str) -> None:
+        self._inbox = _Inbox(size)
+        self._token = token
+        self._listener = socket.create_server((address, 0), family=_family(address), backlog=max(size, 16))
+        self.port: int = self._listener.getsockname()[1]
+        self._peers: dict[int, tuple[Hello, socket.socket]] = {}
+
+    def accept(self, timeout: float) -> None:
+        """Returns once every follower has said hello. A connection without the token is closed and costs nothing more."""
+        deadline = time.monotonic() + timeout
+        while len(self._peers) < self._inbox.size - 1:
+            self._listener.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                peer, _ = self._listener.accept()
+            except TimeoutError:
+                missing = sorted(set(range(1, self._inbox.size)) - set(self._peers))
+                raise TimeoutError(f"ranks {missing} did not join the control channel within {timeout:g} s") from None
+            hello = self._greet(peer)
+            if hello is None:
+                peer.close()
+                continue
+            self._peers[hello.rank] = (hello, peer)
+            threading.Thread(target=self._listen, args=(hello, peer), daemon=True, name=f"rank-{hello.rank}").start()
+        self._listener.close()
+
+    def send(self, message: Message) -> None:
+        frame = encode(message)
+        for hello, peer in self._peers.values():
+            try:
+                peer.sendall(_LENGTH.pack(len(frame)) + frame)
+            except OSError:
+                self._inbox.lost(hello, "connection lost")
+        death = self._inbox.failure(0)
+        if death is not None:
+            raise death
+
+    def ready(self, timeout: float | None = None) -> list[Ready]:
+        return self._inbox.ready(timeout)
+
+    def failure(self, wait: float) -> RankDied | None:
+        return self._inbox.failure(wait)
+
+    def close(self) -> None:
+        self._listener.close()
+        for _, peer in self._peers.values():
+            _shut(peer)
+
+    def _greet(self, peer: socket.socket) -> Hello | None:
+        peer.settimeout(5.0)
+        try:
+            hello = decode(_read_frame(peer, MAX_HELLO))
+        except (Closed, ValueError, OSError):
+            return None
+        if not isinstance(hello, Hello) or not hmac.compare_digest(hello.token.encode(), self._token.encode()):
+            return None
+        if not 0 < hello.rank < self._inbox.size or hello.rank in self._peers:
+            return None
+        peer.settimeout(None)
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return hello
+
+    def _listen(self, hello: Hello, peer: socket.socket) -> None:
+        try:
+            while True:
+                self._inbox.put(hello, decode(_read_frame(peer, MAX_FRAME)))
+        except (Closed, OSError):
+            self._inbox.lost(hello, "process is gone")
+        except ValueError as error:
+            self._inbox.lost(hello, str(error))
+
+
+class SocketFollower(Follower):
+    """Connects to rank 0 at once and says hello."""
+
+    def __init__(self, address: str, port: int, rank: int, pid: int, token: str, timeout: float) -> None:
+        try:
+            self._socket = socket.create_connection((address, port), timeout)
+        except OSError as error:
+            raise Closed(f"rank 0 at {address}:{port} cannot be reached: {error}") from None
+        self._socket.settimeout(None)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.send(Hello(rank=rank, host=socket.gethostname(), pid=pid, token=token))
+
+    def send(self, message: Message) -> None:
+        frame = encode(message)
+        try:
+            self._socket.sendall(_LENGTH.pack(len(frame)) + frame)
+        except OSError:
+            raise Closed("rank 0 is gone") from None
+
+    def receive(self) -> Message:
+        try:
+            return decode(_read_frame(self._socket, MAX_FRAME))
+        except OSError:
+            raise Closed("rank 0 is gone") from None
+
+    def close(self) -> None:
+        _shut(self._socket)
+
+
+class QueueLeader(Leader):
+    """Followers in threads of this process; messages are encoded as on a socket."""
+
+    def __init__(self, size: int) -> None:
+        self._inbox = _Inbox(size)
+        self.followers = [QueueFollower(rank, self._inbox) for rank in range(1, size)]
+
+    def send(self, message: Message) -> None:
+        frame = encode(message)
+        for follower in self.followers:
+            follower.frames.put(frame)
+        death = self._inbox.failure(0)
+        if death is not None:
+            raise death
+
+    def ready(self, timeout: float | None = None) -> list[Ready]:
+        return self._inbox.ready(timeout)
+
+    def failure(self, wait: float) -> RankDied | None:
+        return self._inbox.failure(wait)
+
+    def close(self) -> None:
+        for follower in self.followers:
+            follower.frames.put(None)
+
+
+class QueueFollower(Follower):
+    def __init__(self, rank: int, inbox: _Inbox) -> None:
+        self.frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._inbox = inbox
+        self._hello = Hello(rank=rank, host="thread", pid=0, token="")
+
+    def send(self, message: Message) -> None:
+        self._inbox.put(self._hello, decode(encode(message)))
+
+    def receive(self) -> Message:
+        frame = self.frames.get()
+        if frame is None:
+            raise Closed("rank 0 closed the channel")
+        return decode(frame)
+
+    def close(self) -> None:
+        self._inbox.lost(self._hello, "thread ended")
+
+
+def new_token() -> str:
+    """A secret for one run, 32 hexadecimal digits."""
+    return secrets.token_hex(16)
+
+
+def _read_frame(peer: socket.socket, limit: int) -> bytes:
+    (length,) = _LENGTH.unpack(_read(peer, _LENGTH.size))
+    if length > limit:
+        raise ValueError(f"a frame of {length} bytes is over the limit of {limit}")
+    return _read(peer, length)
+
+
+def _read(peer: socket.socket, count: int) -> bytes:
+    parts, left = [], count
+    while left:
+        part = peer.recv(min(left, 1 << 20))
+        if not part:
+            raise Closed("the other end closed the channel")
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][0]
+
+
+def _shut(peer: socket.socket) -> None:
+    try:
+        peer.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+    peer.close()

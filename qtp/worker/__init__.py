@@ -1,0 +1,1 @@
+"""One rank at work: a plan in, a result out."""

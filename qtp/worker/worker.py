@@ -1,0 +1,111 @@
+"""One rank: the only place where layout, weights, cache, attention, model and sampling are put together."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from collectives.communicator import Communicator
+from qtp.attention.torch_backend import TorchAttention
+from qtp.batch import make_batch
+from qtp.config import EngineConfig, ModelConfig
+from qtp.kv.cache import KVCache
+from qtp.layout.split import even
+from qtp.models import FAMILIES, Place
+from qtp.weights.loader import load
+from qtp.weights.names import declare
+from qtp.weights.store import Store
+from qtp.weights.verify import verify
+from qtp.wire.messages import Chunk, Ready, StepPlan, StepResult, TokenLogprobs
+from qtp.worker.sampling import PROMPT_TILE, Sampler, as_sample
+from qtp.worker.sequence import Sequence
+
+
+class Worker:
+    """Reads this rank's shard and runs steps. `config` is resolved (see `qtp.resolve`) and the same on every rank.
+
+    Raises ValueError, before any weight is read, if the checkpoint does not fit `model_config`.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        comm: Communicator,
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        assert config.num_kv_blocks is not None
+        grid, dtype, device = config.grid(), getattr(torch, config.dtype), comm.device
+        specs = declare(model_config)
+        with Store(Path(config.model)) as store:
+            verify(store, specs, grid)
+            shard = load(store, specs, comm.rank, grid, dtype, device, progress)
+        query, kv = model_config.heads.query(comm.rank, grid), model_config.heads.kv(comm.rank, grid)
+        group = model_config.num_heads // model_config.num_kv_heads
+        cache = KVCache(
+            model_config.num_layers, config.num_kv_blocks, config.block_size, len(kv), model_config.head_dim, dtype, device
+        )
+        attention = TorchAttention(cache, tuple(h // group - kv.start for h in query), device)
+        self.comm, self.cache = comm, cache
+        self.model = FAMILIES[model_config.family](
+            model_config, shard, Place(rank=comm.rank, grid=grid, comm=comm, cache=cache, attention=attention)
+        )
+        sizes = [len(even(model_config.vocab_size, grid.size, rank)) for rank in range(grid.size)]
+        self.sampler = Sampler(comm, sizes, min(config.vocab_limit or model_config.vocab_size, model_config.vocab_size))
+        self.sequences: dict[int, Sequence] = {}
+        self.ready = Ready(
+            rank=comm.rank, bytes_read=store.bytes_read, weight_bytes=sum(t.numel() * t.element_size() for t in shard.values())
+        )
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Runs one step. Every rank must execute the same plans in the same order; rank 0's result is the one that counts."""
+        self._learn(plan)
+        chunks = sorted(plan.chunks, key=lambda chunk: chunk.count != 1)
+        if not chunks:
+            return StepResult(step=plan.step)
+        parts = []
+        for chunk in chunks:
+            s = self.sequences[chunk.seq_id]
+            parts.append((tuple(s.token_ids[chunk.start : chunk.start + chunk.count]), chunk.start, tuple(s.blocks)))
+        hidden_TD = self.model.hidden(make_batch(parts, self.cache.block_size, self.comm.device))
+        return self._answer(plan.step, chunks, hidden_TD)
+
+    def _learn(self, plan: StepPlan) -> None:
+        for seq_id in plan.dropped:
+            del self.sequences[seq_id]
+        for new in plan.started:
+            self.sequences[new.seq_id] = Sequence(token_ids=list(new.token_ids), prompt_len=new.prompt_len, sampling=new.sampling)
+        for chunk in plan.chunks:
+            s = self.sequences[chunk.seq_id]
+            s.token_ids += chunk.appended
+            s.blocks += chunk.new_blocks
+
+    def _answer(self, step: int, chunks: list[Chunk], hidden_TD: torch.Tensor) -> StepResult:
+        ends, first = [], 0
+        prompts = {}
+        for chunk in chunks:
+            prompts[chunk.seq_id] = self._prompt_logprobs(chunk, hidden_TD[first : first + chunk.count])
+            first += chunk.count
+            ends.append(first - 1)
+        sampled = [i for i, chunk in enumerate(chunks) if chunk.sample]
+        answers = {}
+        if sampled:
+            logits_RV = self.model.logits(hidden_TD[[ends[i] for i in sampled]])
+            chosen = self.sampler.sample(logits_RV, [self.sequences[chunks[i].seq_id] for i in sampled])
+            answers = dict(zip([chunks[i].seq_id for i in sampled], chosen, strict=False))
+        told = [c.seq_id for c in chunks if c.seq_id in answers or prompts[c.seq_id]]
+        return StepResult(step=step, samples=tuple(as_sample(i, answers.get(i), prompts[i]) for i in told))
+
+    def _prompt_logprobs(self, chunk: Chunk, hidden_TD: torch.Tensor) -> tuple[TokenLogprobs, ...]:
+        s = self.sequences[chunk.seq_id]
+        count = s.sampling.prompt_logprobs
+        rows = min(chunk.start + chunk.count, s.prompt_len - 1) - chunk.start
+        if count is None or rows <= 0:
+            return ()
+        told: tuple[TokenLogprobs, ...] = ()
+        for at in range(0, rows, PROMPT_TILE):
+            stop = min(at + PROMPT_TILE, rows)
+            targets = s.token_ids[chunk.start + at + 1 : chunk.start + stop + 1]
+            told += self.sampler.prompt_logprobs(self.model.logits(hidden_TD[at:stop]), targets, count)
+        return told
