@@ -29,6 +29,7 @@ class _Meeting:
         self.timeout = timeout
         self.barrier = Barrier(size)
         self.slots: list[object] = [None] * size
+        self.arrived = [0] * size
         self.lock = Lock()
         self.children: dict[tuple[int, tuple[int, ...]], _Meeting] = {}
 
@@ -84,10 +85,13 @@ class Loopback(Communicator):
         return result if into is None else into.copy_(result)
 
     def _wait(self) -> None:
+        arrived = self._meeting.arrived
+        arrived[self.rank] += 1
         try:
             self._meeting.barrier.wait(self._meeting.timeout)
-        except BrokenBarrierError:
-            raise CollectiveError("a loopback rank left or failed during a collective") from None
+        except BrokenBarrierError:  # also when a rank that went on breaks it before this one woke up
+            if min(arrived) < arrived[self.rank]:
+                raise CollectiveError("a loopback rank left or failed during a collective") from None
 
 
 def loopback(size: int, device: torch.device | None = None, timeout: float = 60.0) -> list[Loopback]:

@@ -25,10 +25,19 @@ class LocalRanks:
 
     def check(self) -> None:
         """Raises RankDied naming the first child that has ended."""
-        for rank, child in enumerate(self.children, start=1):
-            code = child.poll()
-            if code is not None:
-                raise RankDied(rank, socket.gethostname(), child.pid, f"ended with {_exit(code)}")
+        for rank in range(1, len(self.children) + 1):
+            death = self.death(rank)
+            if death is not None:
+                raise death
+
+    def death(self, rank: int, patience: float = 0.0) -> RankDied | None:
+        """How the child with `rank` ended, waiting up to `patience` seconds for it to; None if it has not."""
+        child = self.children[rank - 1]
+        try:
+            code = child.wait(patience)
+        except subprocess.TimeoutExpired:
+            return None
+        return RankDied(rank, socket.gethostname(), child.pid, f"ended with {_exit(code)}")
 
     def stop(self, grace: float) -> None:
         """Leaves the children `grace` seconds, in all, to end by themselves, then kills the rest. None is left afterwards."""

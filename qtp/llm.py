@@ -84,6 +84,7 @@ class LLM:
         for ready in self.ranks.ready:
             log.info("rank %d: read %d bytes, holds %d bytes of weights", ready.rank, ready.bytes_read, ready.weight_bytes)
         pool = BlockPool(config.num_kv_blocks, config.block_size)
+        self._grown: dict[int, RequestOutput] = {}
         self.engine = Engine(
             self.ranks,
             Scheduler(pool, config.max_num_seqs, config.max_num_batched_tokens, config.max_prefill_seqs),
@@ -116,19 +117,23 @@ class LLM:
 
     def stream(self, requests: Sequence[Request]) -> Iterator[RequestOutput]:
         """Runs (text or None, token ids, params) requests and yields each one's output so far whenever it has grown. If the
-        caller stops iterating, the rest is aborted."""
+        caller stops iterating, the rest is aborted. Several streams may be read in turns; each step moves all of them on."""
         for _, ids, params in requests:
             self.engine.check(ids, params)
-        running = {self.engine.add(ids, params, text) for text, ids, params in requests}
+        mine = {self.engine.add(ids, params, text) for text, ids, params in requests}
         try:
-            while running:
-                for output in self.engine.step():
+            while mine:
+                grown = [self._grown.pop(i) for i in mine & self._grown.keys()]
+                for output in grown:
                     if output.finished:
-                        running.discard(output.request_id)
+                        mine.discard(output.request_id)
                     yield output
+                if not grown:
+                    self._grown.update((output.request_id, output) for output in self.engine.step())
         finally:
-            for request_id in running:
+            for request_id in mine:
                 self.engine.abort(request_id)
+                self._grown.pop(request_id, None)
 
     def chat(
         self,

@@ -99,7 +99,7 @@ MUTANTS = (
            ("tests/loopback/test_sampling.py", "tests/loopback/test_draws.py")),
     mutant("a stop text is missed across a token boundary", "qtp/engine/detokenize.py", "max(0, known - len(stop) + 1)", "known",
            ("tests/loopback/test_sampling.py", "tests/unit")),
-    mutant("an aborted sequence keeps its blocks", ENGINE, "                self.scheduler.finish(s)\n\n    def step", "\n    def step", BATCHING),
+    mutant("an aborted sequence keeps its blocks", ENGINE, "                self.scheduler.finish(s)\n        self._forget", "        self._forget", BATCHING),
 )  # fmt: skip
 
 

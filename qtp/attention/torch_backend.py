@@ -18,19 +18,20 @@ _TILE = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Chunk:
-    """A prefill chunk: rows [first, first + count) of the step, at positions start ..., over `blocks`."""
+    """A prefill chunk: rows [first, first + count) of the step, at positions start ..., over the slots [start + count]."""
 
     first: int
     count: int
     start: int
-    blocks: Tensor
+    slots: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Plan:
-    """decode_blocks [S, blocks], padded with a sequence's first block; decode_lens [S]; longest: the largest of them."""
+    """decode_slots [S, longest]: the slots of each sequence in order of position, padded with its first, so that no slot is
+    read that was not written; decode_lens [S]; longest: the largest of them."""
 
-    decode_blocks: Tensor
+    decode_slots: Tensor
     decode_lens: Tensor
     longest: int
     even_lens: bool
@@ -51,16 +52,18 @@ class TorchAttention:
     def plan(self, batch: Batch) -> _Plan:
         decodes = batch.num_decodes
         lens = batch.kv_lens[:decodes]
-        width = max((len(t) for t in batch.tables[:decodes]), default=0)
-        padded = [t + (t[0],) * (width - len(t)) for t in batch.tables[:decodes]]
+        longest = max(lens, default=0)
+        lens_S = torch.tensor(lens, dtype=torch.int64, device=self.device)
+        at = torch.arange(longest, device=self.device)
         chunks, first = [], decodes
         for count, length, table in zip(batch.query_lens[decodes:], batch.kv_lens[decodes:], batch.tables[decodes:], strict=True):
-            chunks.append(_Chunk(first=first, count=count, start=length - count, blocks=self._tensor(table)))
+            slots = self._slots((table,), torch.arange(length, device=self.device)[None])[0]
+            chunks.append(_Chunk(first=first, count=count, start=length - count, slots=slots))
             first += count
         return _Plan(
-            decode_blocks=self._tensor(padded),
-            decode_lens=self._tensor(lens),
-            longest=max(lens, default=0),
+            decode_slots=self._slots(batch.tables[:decodes], torch.where(at < lens_S[:, None], at, 0)),
+            decode_lens=lens_S,
+            longest=longest,
             even_lens=len(set(lens)) < 2,
             chunks=tuple(chunks),
         )
@@ -77,7 +80,7 @@ class TorchAttention:
         return out_THd
 
     def _decode(self, plan: _Plan, layer: int, query_SHd: Tensor, window: int | None) -> Tensor:
-        keys, values = (kv[:, : plan.longest] for kv in self._read(layer, plan.decode_blocks))
+        keys, values = self._read(layer, plan.decode_slots)
         mask = None
         if not plan.even_lens or (window is not None and window < plan.longest):
             at = torch.arange(plan.longest, device=self.device)
@@ -92,7 +95,7 @@ class TorchAttention:
 
     def _prefill(self, chunk: _Chunk, layer: int, query_THd: Tensor, window: int | None) -> Tensor:
         length = chunk.start + chunk.count
-        keys, values = (kv[:length].transpose(0, 1)[None] for kv in self._read(layer, chunk.blocks))
+        keys, values = (kv.transpose(0, 1)[None] for kv in self._read(layer, chunk.slots))
         query = query_THd.transpose(0, 1)[None]
         gqa = keys.shape[1] != query.shape[1]
         if chunk.start == 0 and chunk.count <= _TILE and (window is None or window >= length):
@@ -112,12 +115,17 @@ class TorchAttention:
             )
         return torch.cat(parts, dim=2)[0].transpose(0, 1)
 
-    def _read(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of blocks [..., L, K, d]; with ragged groups one KV head a query head, [..., L, H, d]."""
-        keys, values = self.cache.read(layer, blocks)
+    def _read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values at slots [..., L]: [..., L, K, d]; with ragged groups one KV head a query head, [..., L, H, d]."""
+        keys, values = self.cache.read(layer, slots)
         if self.uniform:
             return keys, values
         return keys.index_select(-2, self.kv_of_H), values.index_select(-2, self.kv_of_H)
 
-    def _tensor(self, rows: object) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64, device=self.device)
+    def _slots(self, tables: tuple[tuple[int, ...], ...], positions: Tensor) -> Tensor:
+        """The slots of positions [S, L] of the sequences with these block tables."""
+        width = max(map(len, tables), default=0)
+        padded = [table + (0,) * (width - len(table)) for table in tables]
+        blocks = torch.tensor(padded, dtype=torch.int64, device=self.device).view(len(tables), width)
+        size = self.cache.block_size
+        return blocks.gather(1, positions // size) * size + positions % size

@@ -97,6 +97,7 @@ class Engine:
             if s.finish_reason is None:
                 s.finish_reason = "abort"
                 self.scheduler.finish(s)
+        self._forget_if_idle()
 
     def step(self) -> list[RequestOutput]:
         """Runs one step and returns the requests that it moved on, finished ones for the last time."""
@@ -118,9 +119,13 @@ class Engine:
         for request in moved.values():
             if request.finished:
                 del self._requests[request.request_id]
+        self._forget_if_idle()
+        return outputs
+
+    def _forget_if_idle(self) -> None:
+        """With no step to come, the workers learn at once what to forget."""
         if not self._requests and (forget := self.scheduler.drop_plan()) is not None:
             self.executor.execute(forget)
-        return outputs
 
     def _take(self, s: Sequence, sample: Sample, plan: StepPlan) -> None:
         request = s.request

@@ -34,6 +34,10 @@ class KVCache:
         self.keys[layer].flatten(0, 1).index_copy_(0, slots_T, keys_THd)
         self.values[layer].flatten(0, 1).index_copy_(0, slots_T, values_THd)
 
-    def read(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of whole blocks: blocks [..., n] gives [..., n * block_size, kv_heads, head_dim] twice."""
-        return tuple(cache[layer][blocks].flatten(blocks.dim() - 1, blocks.dim()) for cache in (self.keys, self.values))  # type: ignore[return-value]
+    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values at slots [...]: [..., kv_heads, head_dim] twice."""
+        flat = slots.flatten()
+        keys, values = (
+            cache[layer].flatten(0, 1).index_select(0, flat).unflatten(0, slots.shape) for cache in (self.keys, self.values)
+        )
+        return keys, values

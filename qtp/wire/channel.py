@@ -19,6 +19,7 @@ from qtp.wire.messages import Failure, Hello, Message, Ready
 _LENGTH = struct.Struct(">I")
 MAX_FRAME = 1 << 28
 MAX_HELLO = 4096
+LOST = "process is gone"
 
 
 class Closed(Exception):
@@ -135,7 +136,7 @@ class SocketLeader(Leader):
             try:
                 peer.sendall(_LENGTH.pack(len(frame)) + frame)
             except OSError:
-                self._inbox.lost(hello, "connection lost")
+                self._inbox.lost(hello, LOST)
         death = self._inbox.failure(0)
         if death is not None:
             raise death
@@ -170,7 +171,7 @@ class SocketLeader(Leader):
             while True:
                 self._inbox.put(hello, decode(_read_frame(peer, MAX_FRAME)))
         except (Closed, OSError):
-            self._inbox.lost(hello, "process is gone")
+            self._inbox.lost(hello, LOST)
         except ValueError as error:
             self._inbox.lost(hello, str(error))
 

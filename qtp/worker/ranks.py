@@ -21,7 +21,7 @@ from launch import local
 from launch.affinity import threads_per_rank
 from launch.watch import RankDied, run_while
 from qtp.config import EngineConfig, ModelConfig
-from qtp.wire.channel import Closed, Follower, Leader, QueueFollower, QueueLeader, SocketFollower, SocketLeader, new_token
+from qtp.wire.channel import LOST, Closed, Follower, Leader, QueueFollower, QueueLeader, SocketFollower, SocketLeader, new_token
 from qtp.wire.messages import Failure, Ready, StepPlan, StepResult, Stop
 from qtp.worker.worker import Worker
 
@@ -70,12 +70,12 @@ class Ranks:
                 pass
             self._channel.close()
             self._channel = None
+        if self._comm is not None:  # before waiting: a rank in the midst of a collective ends with it
+            self._comm.close()
+            self._comm = None
         if self._children is not None:
             self._children.stop(grace=_GRACE if told else 0.0)
             self._children = None
-        if self._comm is not None:
-            self._comm.close()
-            self._comm = None
         for thread in self._threads:
             thread.join()
         self._threads = []
@@ -118,10 +118,12 @@ class Ranks:
         return _Naming(self)
 
     def cause(self) -> RankDied | None:
-        """The first death among the other ranks that can be found out within a few seconds, if any."""
-        if self._channel is not None:
-            return self._channel.failure(_WAIT_FOR_CAUSE)
-        return None
+        """The first death among the other ranks that can be found out within a few seconds, if any. How a child ended says
+        more than that its connection was lost; what it told itself says most."""
+        death = self._channel.failure(_WAIT_FOR_CAUSE) if self._channel is not None else None
+        if self._children is not None and death is not None and death.cause == LOST:
+            return self._children.death(death.rank, _WAIT_FOR_CAUSE) or death
+        return death
 
 
 class _Naming:
@@ -134,8 +136,8 @@ class _Naming:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        death: RankDied | None = error if isinstance(error, RankDied) else None
-        if isinstance(error, CollectiveError):
+        death: RankDied | None = None
+        if isinstance(error, RankDied | CollectiveError):
             death = self._ranks.cause()
         if death is not None:
             raise (ValueError(f"rank {death.rank}: {death.cause}") if death.user_error else death) from None

@@ -10,6 +10,7 @@ A draw is fixed by the sequence's seed and the number of tokens it has sampled; 
 
 from collections import Counter
 from collections.abc import Sequence as Rows
+from math import log
 from random import Random
 
 import torch
@@ -83,7 +84,7 @@ class Sampler:
         """The best `count` (value, id) pairs of each row over all ranks, [R, count, 2] float64 on the CPU, best first and
         the lower id first among equals; id -1 where there are fewer."""
         here = min(count, scores_RV.shape[1])
-        values, columns = scores_RV.max(dim=1, keepdim=True) if here == count == 1 else scores_RV.topk(here, dim=1)
+        values, columns = scores_RV.max(dim=1, keepdim=True) if here == count == 1 else _top(scores_RV, here)
         mine = torch.full((len(scores_RV), count, 2), -1.0, dtype=torch.float64, device=scores_RV.device)
         mine[:, :, 0] = NEVER
         mine[:, :here, 0] = values.to(torch.float64)
@@ -148,9 +149,11 @@ def _is_adjusted(s: Sequence) -> bool:
 
 
 def _draw(scores: Tensor, ids: Tensor, s: Sequence) -> int:
-    """One id from scores (float64, -inf excluded) after temperature, top_k, top_p and min_p, in that order."""
+    """One id from scores (float64, -inf excluded) after temperature, min_p, top_k and top_p, in that order."""
     spec = s.sampling
-    scores = scores / spec.temperature
+    scores = (scores - scores.max()) / spec.temperature
+    if spec.min_p > 0.0:
+        scores = torch.where(scores >= log(spec.min_p), scores, NEVER)
     if spec.top_k > 0 or spec.top_p < 1.0:
         scores, order = scores.sort(descending=True, stable=True)
         ids = ids[order]
@@ -160,8 +163,6 @@ def _draw(scores: Tensor, ids: Tensor, s: Sequence) -> int:
     if spec.top_p < 1.0:
         before = weights.cumsum(0) - weights
         weights = torch.where(before < spec.top_p, weights, 0.0)
-    if spec.min_p > 0.0:
-        weights = torch.where(weights >= spec.min_p * weights.max(), weights, 0.0)
     heights = weights.cumsum(0)
     index = len(s.token_ids) - s.prompt_len
     point = Random((spec.seed << 32) + index).random() * float(heights[-1])
@@ -170,6 +171,17 @@ def _draw(scores: Tensor, ids: Tensor, s: Sequence) -> int:
     while weights[place] == 0:  # rounding at the very end of the heights
         place -= 1
     return int(ids[place])
+
+
+def _top(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """As torch.topk, which picks any of equal values; here the lower column is taken first. The ties that matter are those
+    with the last value taken: where there are more of them than places, the row is sorted whole."""
+    values, columns = scores_RV.topk(count, dim=1)
+    tied = ((scores_RV == values[:, -1:]).sum(dim=1) > (values == values[:, -1:]).sum(dim=1)).nonzero()[:, 0]
+    if len(tied):
+        sorted_values, sorted_columns = scores_RV[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], columns[tied] = sorted_values[:, :count], sorted_columns[:, :count]
+    return values, columns
 
 
 def as_sample(seq_id: int, answer: tuple[int, TokenLogprobs | None] | None, prompt: tuple[TokenLogprobs, ...]) -> Sample:
