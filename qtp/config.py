@@ -4,7 +4,7 @@ Neither imports torch. Both refuse what they do not know in one line (ValueError
 """
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import log
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,6 @@ def check_dtype(name: str, source: str) -> str:
 class _Reader:
     raw: dict[str, Any]
     source: str
-    _missing: object = field(default_factory=object)
 
     def int(self, key: str, default: int | None = None) -> int:
         value = self._get(key, default)

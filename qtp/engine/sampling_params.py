@@ -1,6 +1,9 @@
 """How a request is sampled, in vLLM's words."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,53 +35,45 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("temperature", "top_p", "min_p") or field.name.endswith("_penalty"):
-                _check(
-                    isinstance(value, int | float) and not isinstance(value, bool) and value == value,
-                    field.name,
-                    value,
-                    "a number",
-                )
-            elif field.name in ("min_tokens", "top_k", "n") or (
-                field.name in ("max_tokens", "seed", "logprobs", "prompt_logprobs") and value is not None
-            ):
-                _check(isinstance(value, int) and not isinstance(value, bool), field.name, value, "an integer")
-        _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
-        _check(
-            0 <= self.min_tokens <= (self.max_tokens or self.min_tokens),
-            "min_tokens",
-            self.min_tokens,
-            "between 0 and max_tokens",
-        )
-        _check(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 or more")
-        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        _check(self.top_k >= -1, "top_k", self.top_k, "0 (off) or more")
-        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
-        _check(0 < self.repetition_penalty < float("inf"), "repetition_penalty", self.repetition_penalty, "above 0")
-        _check(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "between -2 and 2")
-        _check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "between -2 and 2")
-        _check(self.seed is None or 0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2**63 - 1")
-        _check(1 <= self.n <= 1024, "n", self.n, "between 1 and 1024")
-        for name in ("logprobs", "prompt_logprobs"):
+        for name, (kind, optional, good, needed) in _RULES.items():
             value = getattr(self, name)
-            _check(value is None or value >= -1, name, value, "-1 (all), 0 or more")
-        stops_listed = self.stop is None or isinstance(self.stop, str | list | tuple)
-        _check(stops_listed and all(isinstance(s, str) and s for s in self.stops), "stop", self.stop, "text that is not empty")
-        ids_listed = isinstance(self.stop_token_ids, list | tuple)
-        _check(
-            ids_listed and all(type(i) is int for i in self.stop_token_ids),
-            "stop_token_ids",
-            self.stop_token_ids,
-            "a list of ids",
-        )
+            if not (optional and value is None) and not (_is(kind, value) and good(value)):
+                raise ValueError(f"{name} {value!r} is out of range; it must be {needed}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} is out of range; it must be between 0 and max_tokens")
 
     @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-def _check(good: bool, name: str, value: object, needed: str) -> None:
-    if not good:
-        raise ValueError(f"{name} {value!r} is out of range; it must be {needed}")
+def _is(kind: Any, value: object) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _are_texts(value: str | Sequence[str]) -> bool:
+    return all(isinstance(text, str) and text for text in ([value] if isinstance(value, str) else value))
+
+
+_Rule = tuple[Any, bool, Callable[[Any], bool], str]
+
+# name -> (type, may be None, what holds of a good value, that in words); a comparison with NaN does not hold
+_RULES: dict[str, _Rule] = {
+    "max_tokens": (int, True, lambda v: v >= 1, "an integer of at least 1"),
+    "min_tokens": (int, False, lambda v: v >= 0, "an integer of 0 or more"),
+    "temperature": (float, False, lambda v: 0 <= v < inf, "a number of 0 or more"),
+    "top_p": (float, False, lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "top_k": (int, False, lambda v: v >= -1, "an integer, 0 (off) or more"),
+    "min_p": (float, False, lambda v: 0 <= v <= 1, "between 0 and 1"),
+    "repetition_penalty": (float, False, lambda v: 0 < v < inf, "a number above 0"),
+    "presence_penalty": (float, False, lambda v: -2 <= v <= 2, "between -2 and 2"),
+    "frequency_penalty": (float, False, lambda v: -2 <= v <= 2, "between -2 and 2"),
+    "seed": (int, True, lambda v: 0 <= v < 2**63, "an integer between 0 and 2**63 - 1"),
+    "stop": (str | list | tuple, True, _are_texts, "text that is not empty, or a list of such"),
+    "stop_token_ids": (list | tuple, False, lambda v: all(type(i) is int for i in v), "a list of ids"),
+    "n": (int, False, lambda v: 1 <= v <= 1024, "between 1 and 1024"),
+    "logprobs": (int, True, lambda v: v >= -1, "an integer, -1 (all), 0 or more"),
+    "prompt_logprobs": (int, True, lambda v: v >= -1, "an integer, -1 (all), 0 or more"),
+}
