@@ -4,6 +4,7 @@ Costs one small all_gather more a call: for tests and for finding out why ranks 
 """
 
 from collections.abc import Sequence
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ class Checked(Communicator):
         return self.inner.all_reduce(x)
 
     def all_gather(self, x: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
-        self._agree("all_gather", x if sizes is None else x.narrow(dim, 0, 0), dim)
+        same = x if sizes is None else x.narrow(dim, 0, 0)
+        self._agree("all_gather", same, dim if sizes is None else crc32(repr((dim, list(sizes))).encode()))
         return self.inner.all_gather(x, dim, sizes)
 
     def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:

@@ -4,6 +4,7 @@ Process groups are built directly, not through the process-wide default group, s
 hold several communicators.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from collectives.communicator import (
 from collectives.network import own_address
 from collectives.rendezvous import Rendezvous
 
+_SOURCE = re.compile(r"^\[[^\]]*:\d+\] *")  # where in the library's source it was raised
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -143,7 +145,8 @@ def _as_collective_error(name: str) -> Iterator[None]:
     except RuntimeError as error:
         if "Invalid scalar type" in str(error):  # the group looks at the dtype before it sends anything
             raise ValueError(f"communicator {name!r} does not carry tensors of this dtype") from None
-        raise CollectiveError(f"{name}: {str(error).splitlines()[0]}") from None
+        told = _SOURCE.sub("", str(error).splitlines()[0])
+        raise CollectiveError(f"{name}: {told}") from None
 
 
 def _join(rendezvous: Rendezvous) -> Any:

@@ -20,6 +20,8 @@ _LENGTH = struct.Struct(">I")
 MAX_FRAME = 1 << 28
 MAX_HELLO = 4096
 LOST = "process is gone"
+_ACCEPT_SLICE = 0.05
+_HELLO_PATIENCE = 5.0
 
 
 class Closed(Exception):
@@ -65,14 +67,14 @@ class _Inbox:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.readies: list[Ready] = []
+        self.readies: dict[int, Ready] = {}
         self.failed: list[RankDied] = []
         self.changed = threading.Condition()
 
     def put(self, hello: Hello, message: Message) -> None:
         with self.changed:
             if isinstance(message, Ready):
-                self.readies.append(message)
+                self.readies[hello.rank] = message
             elif isinstance(message, Failure):
                 death = RankDied(
                     hello.rank, hello.host, hello.pid, message.cause, details=message.details, user_error=message.user_error
@@ -92,9 +94,9 @@ class _Inbox:
             if self.failed:
                 raise self.failed[0]
             if len(self.readies) < self.size - 1:
-                missing = sorted(set(range(1, self.size)) - {r.rank for r in self.readies})
+                missing = sorted(set(range(1, self.size)) - set(self.readies))
                 raise TimeoutError(f"ranks {missing} were not ready within {timeout:g} s")
-            return sorted(self.readies, key=lambda r: r.rank)
+            return [self.readies[rank] for rank in sorted(self.readies)]
 
     def failure(self, wait: float) -> RankDied | None:
         with self.changed:
@@ -111,24 +113,26 @@ class SocketLeader(Leader):
         self._listener = socket.create_server((address, 0), family=_family(address), backlog=max(size, 16))
         self.port: int = self._listener.getsockname()[1]
         self._peers: dict[int, tuple[Hello, socket.socket]] = {}
+        self._strangers: set[socket.socket] = set()
+        self._lock = threading.Lock()
 
     def accept(self, timeout: float) -> None:
-        """Returns once every follower has said hello. A connection without the token is closed and costs nothing more."""
+        """Returns once every follower has said hello; TimeoutError naming the missing ranks otherwise. Each connection is met
+        in a thread of its own, so one that is silent, slow or without the token holds nobody up."""
         deadline = time.monotonic() + timeout
-        while len(self._peers) < self._inbox.size - 1:
-            self._listener.settimeout(max(0.01, deadline - time.monotonic()))
+        self._listener.settimeout(_ACCEPT_SLICE)
+        while missing := sorted(set(range(1, self._inbox.size)) - set(self._peers)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"ranks {missing} did not join the control channel within {timeout:g} s")
             try:
                 peer, _ = self._listener.accept()
             except TimeoutError:
-                missing = sorted(set(range(1, self._inbox.size)) - set(self._peers))
-                raise TimeoutError(f"ranks {missing} did not join the control channel within {timeout:g} s") from None
-            hello = self._greet(peer)
-            if hello is None:
-                peer.close()
                 continue
-            self._peers[hello.rank] = (hello, peer)
-            threading.Thread(target=self._listen, args=(hello, peer), daemon=True, name=f"rank-{hello.rank}").start()
+            self._strangers.add(peer)
+            threading.Thread(target=self._meet, args=(peer,), daemon=True, name="control").start()
         self._listener.close()
+        for stranger in list(self._strangers):
+            _shut(stranger)
 
     def send(self, message: Message) -> None:
         frame = encode(message)
@@ -149,21 +153,34 @@ class SocketLeader(Leader):
 
     def close(self) -> None:
         self._listener.close()
-        for _, peer in self._peers.values():
+        for peer in [*self._strangers, *(peer for _, peer in self._peers.values())]:
             _shut(peer)
 
+    def _meet(self, peer: socket.socket) -> None:
+        """Hears a connection's hello, and then, if it is a follower's, all that follows."""
+        try:
+            hello = self._greet(peer)
+        finally:
+            self._strangers.discard(peer)
+        if hello is None:
+            _shut(peer)
+        else:
+            self._listen(hello, peer)
+
     def _greet(self, peer: socket.socket) -> Hello | None:
-        peer.settimeout(5.0)
+        peer.settimeout(_HELLO_PATIENCE)
         try:
             hello = decode(_read_frame(peer, MAX_HELLO))
         except (Closed, ValueError, OSError):
             return None
-        if not isinstance(hello, Hello) or not hmac.compare_digest(hello.token.encode(), self._token.encode()):
-            return None
-        if not 0 < hello.rank < self._inbox.size or hello.rank in self._peers:
+        if not isinstance(hello, Hello) or not hmac.compare_digest(hello.token.encode("utf-8", "replace"), self._token.encode()):
             return None
         peer.settimeout(None)
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with self._lock:
+            if not 0 < hello.rank < self._inbox.size or hello.rank in self._peers:
+                return None
+            self._peers[hello.rank] = (hello, peer)
         return hello
 
     def _listen(self, hello: Hello, peer: socket.socket) -> None:

@@ -17,7 +17,7 @@ _KINDS: tuple[type[Message], ...] = (Hello, Ready, Failure, Stop, StepPlan, Step
 
 
 def encode(message: Message) -> bytes:
-    packed: bytes = msgpack.packb([VERSION, _KINDS.index(type(message)), _to_list(message)])
+    packed: bytes = msgpack.packb([VERSION, _KINDS.index(type(message)), _to_list(message)], unicode_errors="backslashreplace")
     return packed
 
 

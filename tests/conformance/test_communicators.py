@@ -1,0 +1,206 @@
+"""One suite for every communicator that this machine has, plain and through the wrappers, and the registry.
+
+solo is one rank, loopback 1 to 4 threads, gloo 1 to 4 real processes that run the same cases and report.
+"""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from communicator_cases import CASES, PROCESS_SIZES, WRAPPERS
+
+from collectives import CollectiveError, Communicator, Rendezvous, available, create, register
+from collectives.checked import Checked
+from collectives.loopback import loopback
+from collectives.solo import Solo
+
+CPU = torch.device("cpu")
+SIZES = (1, 2, 3, 4)
+PROCESSES = 4
+
+
+def run_threads(comms: list[Communicator], call: Callable[[Communicator], object], seconds: float = 60.0) -> list[object]:
+    """`call` on every rank at once; what each returned or raised, by rank. A rank that hangs fails the test."""
+    results: list[object] = ["hangs"] * len(comms)
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = call(comms[rank])
+        except BaseException as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(len(comms))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(seconds)
+    assert not any(thread.is_alive() for thread in threads), results
+    return results
+
+
+def raise_first(results: list[object]) -> None:
+    """Raises what a rank raised, rather the cause than a peer's report of it."""
+    errors = [r for r in results if isinstance(r, BaseException)]
+    for error in sorted(errors, key=lambda e: isinstance(e, CollectiveError)):
+        raise error
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_solo(wrapper: str, case: str, tmp_path: Path) -> None:
+    CASES[case](WRAPPERS[wrapper](create("solo", Rendezvous(), CPU)), tmp_path)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_loopback(wrapper: str, size: int, case: str, tmp_path: Path) -> None:
+    comms = [WRAPPERS[wrapper](comm) for comm in loopback(size, timeout=30.0)]
+    raise_first(run_threads(comms, lambda comm: CASES[case](comm, tmp_path)))
+
+
+@pytest.fixture(scope="module")
+def gloo_results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """What each of 4 processes reports. They meet anew for each world size, on ports that the system chose."""
+    folder = tmp_path_factory.mktemp("gloo")
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(PROCESSES + 2)]
+    ports, descriptors = [s.getsockname()[1] for s in listeners], [s.fileno() for s in listeners]
+    script = Path(__file__).with_name("ranks.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(PROCESSES), json.dumps(ports), json.dumps(descriptors), str(folder)],
+            pass_fds=descriptors if rank == 0 else (),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(PROCESSES)
+    ]
+    for listener in listeners:
+        listener.close()
+    try:
+        errors = [process.communicate(timeout=200)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0] * PROCESSES, errors
+    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(PROCESSES)]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("wrapper", "size"), [(w, n) for w, sizes in PROCESS_SIZES.items() for n in sizes])
+def test_gloo(wrapper: str, size: int, case: str, gloo_results: list[dict[str, str]]) -> None:
+    told = [results.get(f"{size}/{wrapper}/{case}", "not run: an earlier case failed") for results in gloo_results[:size]]
+    assert told == ["ok"] * size, "\n".join(told)
+
+
+def test_gloo_raises_when_a_peer_is_silent(gloo_results: list[dict[str, str]]) -> None:
+    for rank in range(PROCESSES - 1):
+        assert gloo_results[rank]["silent"].startswith("ok: gloo:"), gloo_results[rank]["silent"]
+
+
+def test_gloo_raises_when_a_peer_ends(gloo_results: list[dict[str, str]]) -> None:
+    for rank in range(PROCESSES - 1):
+        assert gloo_results[rank]["gone"].startswith("ok: gloo:"), gloo_results[rank]["gone"]
+
+
+def test_gloo_names_the_ranks_that_do_not_join() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    rendezvous = Rendezvous(size=3, local_size=3, port=port, listener=listener.detach(), timeout=0.5)
+    with pytest.raises(CollectiveError, match=r"ranks \[1, 2\] did not join within 0.5 s"):
+        create("gloo", rendezvous, CPU)
+
+
+def test_a_closed_gloo_communicator_says_so() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    comm = create("gloo", Rendezvous(port=listener.getsockname()[1], listener=listener.detach(), timeout=10.0), CPU)
+    comm.barrier()
+    comm.close()
+    comm.close()
+    with pytest.raises(CollectiveError, match="closed"):
+        comm.barrier()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_loopback_raises_when_a_peer_closes(size: int) -> None:
+    def call(comm: Communicator) -> None:
+        comm.barrier()
+        if comm.rank == size - 1:
+            comm.close()
+        else:
+            while True:
+                comm.all_reduce(torch.ones(3))
+
+    results = run_threads(list(loopback(size, timeout=30.0)), call)
+    assert results[-1] is None or isinstance(results[-1], CollectiveError)
+    assert all(isinstance(r, CollectiveError) for r in results[:-1]), results
+
+
+def test_loopback_raises_when_a_peer_is_silent() -> None:
+    results = run_threads(
+        list(loopback(3, timeout=0.2)), lambda comm: comm.all_reduce(torch.ones(3)) if comm.rank != 1 else "silent"
+    )
+    assert results[1] == "silent"
+    assert isinstance(results[0], CollectiveError)
+    assert isinstance(results[2], CollectiveError)
+
+
+def test_loopback_raises_when_a_peer_fails_inside() -> None:
+    """A shape that does not fit fails on the ranks that see it, and the others do not wait for them."""
+    results = run_threads(list(loopback(3, timeout=30.0)), lambda comm: comm.all_reduce(torch.ones(3 if comm.rank else 4)))
+    assert all(isinstance(r, RuntimeError) for r in results), results
+
+
+def test_a_rank_may_close_as_soon_as_its_own_last_collective_is_done() -> None:
+    """Its peers have met it in that collective, so they get their results as well."""
+    for turn in range(50):
+
+        def call(comm: Communicator) -> float:
+            with comm:
+                return float(comm.all_reduce(torch.full((3,), comm.rank + 1.5)).sum())
+
+        assert run_threads(list(loopback(4, timeout=30.0)), call) == [36.0] * 4, turn
+
+
+def test_checked_passes_close_and_size_on() -> None:
+    first, second = loopback(2)
+    checked = Checked(first)
+    assert (checked.rank, checked.size, checked.device) == (0, 2, CPU)
+    checked.close()
+    with pytest.raises(CollectiveError):
+        second.barrier()
+
+
+def test_registry_names_what_there_is() -> None:
+    assert {"solo", "gloo", "nccl"} <= set(available())
+    with pytest.raises(ValueError, match=r"'glue' is unknown.*gloo.*nccl.*solo"):
+        create("glue", Rendezvous(), CPU)
+
+
+def test_registry_takes_a_new_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    from collectives import registry
+
+    monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
+    register("mine", "collectives.solo:create")
+    assert "mine" in available()
+    assert isinstance(create("mine", Rendezvous(), CPU), Solo)
+
+
+def test_solo_refuses_more_than_one_rank() -> None:
+    with pytest.raises(ValueError, match=r"solo.*one rank, not 2"):
+        create("solo", Rendezvous(size=2), CPU)
+
+
+def test_nccl_refuses_the_cpu_in_one_line() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    rendezvous = Rendezvous(port=listener.getsockname()[1], listener=listener.detach(), timeout=10.0)
+    with pytest.raises(ValueError, match=r"'nccl'.*(cuda|CUDA)") as caught:
+        create("nccl", rendezvous, CPU)
+    assert "\n" not in str(caught.value)

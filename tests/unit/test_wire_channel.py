@@ -1,0 +1,352 @@
+"""The control channel: strangers do no harm, a death is told with rank, host and pid, and a cause travels unchanged."""
+
+import os
+import random
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from launch.watch import RankDied
+from qtp.wire.channel import MAX_FRAME, MAX_HELLO, Closed, QueueLeader, SocketFollower, SocketLeader, new_token
+from qtp.wire.codec import encode
+from qtp.wire.messages import Chunk, Failure, Hello, Ready, StepPlan, Stop
+
+HOST = "127.0.0.1"
+TOKEN = "0123456789abcdef"
+PLAN = StepPlan(step=3, dropped=(4, 5), chunks=(Chunk(seq_id=1, start=0, count=2, sample=True, appended=(7, 8)),))
+
+
+class Meeting:
+    """A leader that accepts in a thread, and what connects to it."""
+
+    def __init__(self, size: int) -> None:
+        self.leader = SocketLeader(HOST, size, TOKEN)
+        self.error: list[BaseException] = []
+        self.closers: list[Callable[[], None]] = [self.leader.close]
+        self.thread = threading.Thread(target=self._accept, daemon=True)
+        self.thread.start()
+
+    def _accept(self) -> None:
+        try:
+            self.leader.accept(30.0)
+        except BaseException as error:
+            self.error.append(error)
+
+    def follower(self, rank: int, token: str = TOKEN) -> SocketFollower:
+        follower = SocketFollower(HOST, self.leader.port, rank, 4000 + rank, token, 10.0)
+        follower._socket.settimeout(30.0)  # a test must not hang
+        self.closers.append(follower.close)
+        return follower
+
+    def raw(self, data: bytes) -> socket.socket:
+        peer = socket.create_connection((HOST, self.leader.port), 10.0)
+        self.closers.append(peer.close)
+        peer.sendall(data)
+        return peer
+
+    def joined(self) -> None:
+        self.thread.join(30.0)
+        assert not self.thread.is_alive()
+        assert self.error == []
+
+
+@pytest.fixture
+def meet() -> Iterator[Callable[[int], Meeting]]:
+    meetings: list[Meeting] = []
+
+    def make(size: int) -> Meeting:
+        meetings.append(Meeting(size))
+        return meetings[-1]
+
+    yield make
+    for meeting in meetings:
+        for close in meeting.closers:
+            close()
+
+
+def refused(peer: socket.socket) -> bool:
+    """The leader closed this connection without a byte."""
+    try:
+        return peer.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def framed(data: bytes, length: int | None = None) -> bytes:
+    return struct.pack(">I", len(data) if length is None else length) + data
+
+
+def test_messages_reach_every_rank_in_order(meet: Callable[[int], Meeting]) -> None:
+    meeting = meet(4)
+    followers = [meeting.follower(rank) for rank in (2, 3, 1)]
+    meeting.joined()
+    big = StepPlan(step=9, dropped=tuple(range(300_000)))
+    for message in (PLAN, big, Stop()):
+        meeting.leader.send(message)
+    for follower in followers:
+        assert [follower.receive() for _ in range(3)] == [PLAN, big, Stop()]
+
+
+def test_ready_is_collected_in_rank_order(meet: Callable[[int], Meeting]) -> None:
+    meeting = meet(4)
+    followers = {rank: meeting.follower(rank) for rank in (3, 1, 2)}
+    meeting.joined()
+    for rank in (2, 3, 1):
+        followers[rank].send(Ready(rank=rank, bytes_read=10 * rank, weight_bytes=100 * rank))
+    assert meeting.leader.ready(30.0) == [Ready(rank=r, bytes_read=10 * r, weight_bytes=100 * r) for r in (1, 2, 3)]
+    assert meeting.leader.failure(0) is None
+
+
+def test_ready_times_out_naming_who_is_missing(meet: Callable[[int], Meeting]) -> None:
+    meeting = meet(4)
+    followers = {rank: meeting.follower(rank) for rank in (1, 2, 3)}
+    meeting.joined()
+    followers[2].send(Ready(rank=2, bytes_read=1, weight_bytes=1))
+    with pytest.raises(TimeoutError, match=r"ranks \[1, 3\] were not ready within 0.3 s"):
+        meeting.leader.ready(0.3)
+
+
+def test_accept_times_out_naming_who_is_missing() -> None:
+    leader = SocketLeader(HOST, 4, TOKEN)
+    follower = SocketFollower(HOST, leader.port, 2, 1, TOKEN, 10.0)
+    with pytest.raises(TimeoutError, match=r"ranks \[1, 3\] did not join the control channel within 0.3 s"):
+        leader.accept(0.3)
+    leader.close()
+    with pytest.raises(Closed):
+        follower.receive()
+    follower.close()
+
+
+@pytest.mark.parametrize("token", ["", "0", TOKEN[:-1], TOKEN + "0", TOKEN.upper(), "\N{SNOWMAN}"])
+def test_a_wrong_token_is_refused(token: str, meet: Callable[[int], Meeting]) -> None:
+    meeting = meet(3)
+    stranger = meeting.follower(1, token)
+    with pytest.raises(Closed):
+        stranger.receive()
+    others = [meeting.follower(1), meeting.follower(2)]
+    meeting.joined()
+    meeting.leader.send(PLAN)
+    assert [other.receive() for other in others] == [PLAN, PLAN]
+    assert meeting.leader.failure(0) is None
+
+
+def hello(rank: int, token: str = TOKEN) -> bytes:
+    return encode(Hello(rank=rank, host="elsewhere", pid=1, token=token))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\r\nHost: here\r\n\r\n",
+        framed(b""),
+        framed(b"\xff" * 40),
+        framed(encode(Stop())),
+        framed(encode(Ready(rank=1, bytes_read=1, weight_bytes=1))),
+        framed(hello(1)[:-3]),
+        framed(b"", MAX_HELLO + 1),
+        framed(b"", 2**32 - 1),
+        framed(hello(1), MAX_HELLO + 1),
+        framed(hello(0)),
+        framed(hello(3)),
+        framed(hello(-1)),
+        framed(hello(2**40)),
+        framed(encode(Hello(rank=1, host="h" * MAX_HELLO, pid=1, token=TOKEN))),
+    ],
+    ids=range(14),
+)
+def test_a_garbage_connection_does_no_harm(data: bytes, meet: Callable[[int], Meeting]) -> None:
+    meeting = meet(3)
+    first = meeting.follower(2)
+    assert refused(meeting.raw(data))
+    second = meeting.follower(1)
+    meeting.joined()
+    meeting.leader.send(PLAN)
+    assert (first.receive(), second.receive()) == (PLAN, PLAN)
+
+
+def test_connections_that_end_early_do_no_harm(meet: Callable[[int], Meeting]) -> None:
+    meeting, whole = meet(2), framed(hello(1))
+    for end in range(0, len(whole), 3):
+        meeting.raw(whole[:end]).close()
+    follower = meeting.follower(1)
+    meeting.joined()
+    meeting.leader.send(PLAN)
+    assert follower.receive() == PLAN
+
+
+def test_random_connections_do_no_harm(meet: Callable[[int], Meeting]) -> None:
+    meeting, rng = meet(2), random.Random(4)
+    for _ in range(60):
+        peer = meeting.raw(framed(rng.randbytes(rng.randint(0, 50))))
+        assert refused(peer)
+    follower = meeting.follower(1)
+    meeting.joined()
+    meeting.leader.send(PLAN)
+    assert follower.receive() == PLAN
+
+
+def test_a_second_claim_to_a_rank_is_refused(meet: Callable[[int], Meeting]) -> None:
+    meeting = meet(3)
+    first = meeting.follower(1)
+    second = meeting.follower(1)
+    with pytest.raises(Closed):
+        second.receive()
+    other = meeting.follower(2)
+    meeting.joined()
+    meeting.leader.send(PLAN)
+    assert (first.receive(), other.receive()) == (PLAN, PLAN)
+
+
+def told(death: RankDied | None) -> tuple[int, str, int]:
+    assert death is not None
+    assert f"rank {death.rank} (host {death.host}, pid {death.pid}): {death.cause}" == str(death)
+    return death.rank, death.host, death.pid
+
+
+def test_a_closed_follower_is_a_death(meet: Callable[[int], Meeting]) -> None:
+    meeting = meet(3)
+    followers = {rank: meeting.follower(rank) for rank in (1, 2)}
+    meeting.joined()
+    followers[2].close()
+    assert told(meeting.leader.failure(30.0)) == (2, socket.gethostname(), 4002)
+    with pytest.raises(RankDied, match=r"rank 2 .*pid 4002\): process is gone"):
+        meeting.leader.send(PLAN)
+    with pytest.raises(RankDied, match="rank 2"):
+        meeting.leader.ready(30.0)
+    assert followers[1].receive() == PLAN
+
+
+def test_a_killed_process_is_a_death_with_its_pid(meet: Callable[[int], Meeting]) -> None:
+    meeting = meet(2)
+    code = (
+        "import os, sys, time; from qtp.wire.channel import SocketFollower; "
+        f"f = SocketFollower({HOST!r}, {meeting.leader.port}, 1, os.getpid(), {TOKEN!r}, 10.0); "
+        "f.receive(); os.kill(os.getpid(), 9)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    try:
+        meeting.joined()
+        assert meeting.leader.failure(0) is None
+        meeting.leader.send(PLAN)
+        assert told(meeting.leader.failure(30.0)) == (1, socket.gethostname(), child.pid)
+        assert child.wait(30.0) == -9
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_failure_travels_with_its_cause(meet: Callable[[int], Meeting]) -> None:
+    meeting = meet(3)
+    followers = {rank: meeting.follower(rank) for rank in (1, 2)}
+    meeting.joined()
+    followers[1].send(Ready(rank=1, bytes_read=1, weight_bytes=1))
+    followers[2].send(Failure(rank=2, cause="model x: no such folder \u2603", details="a\nb", user_error=True))
+    with pytest.raises(RankDied) as caught:
+        meeting.leader.ready(30.0)
+    assert told(caught.value) == (2, socket.gethostname(), 4002)
+    assert (caught.value.cause, caught.value.details, caught.value.user_error) == ("model x: no such folder \u2603", "a\nb", True)
+    followers[2].close()
+    with pytest.raises(RankDied, match="no such folder"):
+        meeting.leader.send(PLAN)
+
+
+@pytest.mark.parametrize(
+    ("data", "cause"),
+    [
+        (struct.pack(">I", MAX_FRAME + 1), f"a frame of {MAX_FRAME + 1} bytes is over the limit of {MAX_FRAME}"),
+        (struct.pack(">I", 2**32 - 1), "is over the limit"),
+        (framed(b"\x93\x09\x00\x90"), "version 9"),
+        (framed(b"\xc1"), "malformed control frame"),
+        (framed(encode(Stop()))[:-1], "process is gone"),
+    ],
+)
+def test_a_follower_that_sends_garbage_is_given_up(data: bytes, cause: str, meet: Callable[[int], Meeting]) -> None:
+    meeting = meet(2)
+    follower = meeting.follower(1)
+    meeting.joined()
+    follower._socket.sendall(data)
+    if cause == "process is gone":
+        follower.close()
+    death = meeting.leader.failure(30.0)
+    assert told(death) == (1, socket.gethostname(), 4001)
+    assert death is not None
+    assert cause in death.cause
+
+
+def test_followers_see_the_leader_close(meet: Callable[[int], Meeting]) -> None:
+    meeting = meet(3)
+    followers = [meeting.follower(1), meeting.follower(2)]
+    meeting.joined()
+    meeting.leader.send(Stop())
+    meeting.leader.close()
+    meeting.leader.close()
+    for follower in followers:
+        assert follower.receive() == Stop()
+        with pytest.raises(Closed):
+            follower.receive()
+
+
+@pytest.mark.parametrize("data", [struct.pack(">I", MAX_FRAME + 1), framed(b"\xc1"), framed(b"\x93\x09\x00\x90")])
+def test_a_follower_refuses_a_bad_frame(data: bytes, meet: Callable[[int], Meeting]) -> None:
+    meeting = meet(2)
+    follower = meeting.follower(1)
+    meeting.joined()
+    meeting.leader._peers[1][1].sendall(data)
+    with pytest.raises(ValueError, match="frame"):
+        follower.receive()
+
+
+def test_no_leader_is_said_in_one_line() -> None:
+    with socket.create_server((HOST, 0)) as unused:
+        port = unused.getsockname()[1]
+    with pytest.raises(Closed, match=rf"rank 0 at {HOST}:{port} cannot be reached"):
+        SocketFollower(HOST, port, 1, os.getpid(), TOKEN, 5.0)
+
+
+def test_a_lone_leader_has_nobody_to_wait_for() -> None:
+    leader = SocketLeader(HOST, 1, TOKEN)
+    leader.accept(5.0)
+    assert leader.ready(5.0) == []
+    leader.send(PLAN)
+    assert leader.failure(0) is None
+    leader.close()
+
+
+def test_tokens_differ() -> None:
+    tokens = {new_token() for _ in range(50)}
+    assert len(tokens) == 50
+    assert all(len(token) == 32 and int(token, 16) >= 0 for token in tokens)
+
+
+def test_queues_do_as_sockets_do() -> None:
+    leader = QueueLeader(4)
+    leader.send(PLAN)
+    assert [follower.receive() for follower in leader.followers] == [PLAN] * 3
+    for rank in (3, 1):
+        leader.followers[rank - 1].send(Ready(rank=rank, bytes_read=rank, weight_bytes=1))
+    with pytest.raises(TimeoutError, match=r"ranks \[2\] were not ready"):
+        leader.ready(0.1)
+    leader.followers[1].send(Ready(rank=2, bytes_read=2, weight_bytes=1))
+    assert [ready.rank for ready in leader.ready(5.0)] == [1, 2, 3]
+    leader.followers[1].send(Failure(rank=2, cause="out of luck", details="trace", user_error=False))
+    leader.followers[2].close()
+    with pytest.raises(RankDied, match=r"rank 2 .*out of luck") as caught:
+        leader.send(PLAN)
+    assert caught.value.details == "trace"
+    leader.close()
+    for follower in leader.followers:
+        assert follower.receive() == PLAN
+        with pytest.raises(Closed):
+            follower.receive()
+
+
+def test_a_queue_follower_that_leaves_is_a_death() -> None:
+    leader = QueueLeader(3)
+    leader.followers[0].close()
+    assert told(leader.failure(5.0)) == (1, "thread", 0)
