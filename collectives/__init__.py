@@ -6,16 +6,15 @@ from collectives.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
     from collectives.communicator import CollectiveError, Communicator
-    from collectives.registry import available, create, register
+    from collectives.registry import available, create
 
-__all__ = ["CollectiveError", "Communicator", "Rendezvous", "available", "create", "register"]
+__all__ = ["CollectiveError", "Communicator", "Rendezvous", "available", "create"]
 
 _HOMES = {
     "CollectiveError": "collectives.communicator",
     "Communicator": "collectives.communicator",
     "available": "collectives.registry",
     "create": "collectives.registry",
-    "register": "collectives.registry",
 }
 
 

@@ -7,9 +7,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from collectives.errors import CollectiveError
 
-class CollectiveError(RuntimeError):
-    """A collective failed: a peer is gone, a timeout passed, or ranks disagree. The communicator is of no more use."""
+__all__ = ["CollectiveError", "Communicator", "check_all_to_all", "check_parts", "check_ranks", "check_sizes", "check_src"]
 
 
 class Communicator(ABC):

@@ -18,11 +18,6 @@ _FACTORIES: dict[str, str] = {
 }
 
 
-def register(name: str, target: str) -> None:
-    """Adds the backend `name`; target is "module:function", imported when it is first used."""
-    _FACTORIES[name] = target
-
-
 def available() -> list[str]:
     """The names that `create` knows."""
     return sorted({*_FACTORIES, *(point.name for point in entry_points(group="qtp.collectives"))})

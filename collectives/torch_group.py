@@ -140,7 +140,7 @@ class TorchGroup(Communicator):
 def _as_collective_error(name: str) -> Iterator[None]:
     try:
         yield
-    except ValueError:
+    except (ValueError, CollectiveError):
         raise
     except RuntimeError as error:
         if "Invalid scalar type" in str(error):  # the group looks at the dtype before it sends anything
@@ -163,7 +163,8 @@ def _join(rendezvous: Rendezvous) -> Any:
             master_listen_fd=rendezvous.listener if serves else None,
         )
         shared = dist.PrefixStore(f"qtp/{rendezvous.attempt}", store)
-        shared.set(f"here/{rendezvous.rank}", "1")
+        if shared.add(f"here/{rendezvous.rank}", 1) > 1:
+            raise ValueError(f"rank {rendezvous.rank} joined through this launcher before; construct one LLM a launch")
         try:
             shared.wait([f"here/{rank}" for rank in range(rendezvous.size)], timeout)
         except RuntimeError:

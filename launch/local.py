@@ -60,7 +60,7 @@ def start(size: int, argv: Sequence[str], timeout: float) -> tuple[Rendezvous, L
     """
     listener = socket.create_server((ADDRESS, 0), backlog=max(size, 16))
     port = listener.getsockname()[1]
-    token = secrets.token_hex(16)
+    token = new_token()
     children = []
     for rank in range(1, size):
         environ = {
@@ -84,6 +84,11 @@ def start(size: int, argv: Sequence[str], timeout: float) -> tuple[Rendezvous, L
         size=size, local_size=size, address=ADDRESS, port=port, listener=listener.detach(), token=token, timeout=timeout
     )
     return rendezvous, LocalRanks(tuple(children))
+
+
+def new_token() -> str:
+    """A secret for one run, 32 hexadecimal digits."""
+    return secrets.token_hex(16)
 
 
 def die_with_parent() -> None:

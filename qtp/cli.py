@@ -1,6 +1,7 @@
 """What all command modules share: how flags are spelt, how a user's mistake looks, and when a command ends."""
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
+from collectives.errors import CollectiveError
 from launch.detect import detect
 from launch.watch import RankDied
 
@@ -42,8 +44,11 @@ def boolean(text: str) -> bool:
 
 
 def run(command: Callable[[], int]) -> int:
-    """Runs a command and returns its exit code: 2 after a user's mistake, 1 after a death, told in one line on stderr;
-    130 after Ctrl-C."""
+    """Runs a command and returns its exit code: 2 after a user's mistake, 1 after a death or when ranks or the system fail,
+    each told in one line on stderr; 130 after Ctrl-C; 141, as after SIGPIPE, when the reader of the output has gone."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # no answer is lost to a terminal that cannot show it
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
@@ -60,7 +65,10 @@ def run(command: Callable[[], int]) -> int:
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 141
+    except (CollectiveError, OSError) as error:
+        _say(f"error: {' '.join(str(error).splitlines())}")
+        return 1
 
 
 def _say(line: str) -> None:

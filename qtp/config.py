@@ -5,7 +5,7 @@ Neither imports torch. Both refuse what they do not know in one line (ValueError
 
 import json
 from dataclasses import dataclass, replace
-from math import log
+from math import inf, log
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ class MoeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """One Qwen2 or Qwen2-MoE model. `sliding_window[i]` is layer i's window in tokens, or None for full attention."""
+    """One Qwen2 or Qwen2-MoE model. `sliding_window[i]` is layer i's window in tokens, or None for full attention.
+    dtype: what the weights are said to be, None if config.json does not say."""
 
     family: str
     vocab_size: int
@@ -57,7 +58,7 @@ class ModelConfig:
     rms_norm_eps: float
     tie_word_embeddings: bool
     qkv_bias: bool
-    dtype: str
+    dtype: str | None
     rope: RopeConfig
     sliding_window: tuple[int | None, ...]
     moe: MoeConfig | None = None
@@ -91,6 +92,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> "ModelConfig":
         """As `load`, from the parsed content; `source` names it in errors."""
+        raw = {key: value for key, value in raw.items() if value is not None or key == "sliding_window"}
         read = _Reader(raw, source)
         family = _family(raw, source)
         heads = read.int("num_attention_heads")
@@ -109,6 +111,9 @@ class ModelConfig:
         head_dim = read.int("head_dim", hidden // heads)
         if head_dim % 2:
             raise ValueError(f"{source}: head_dim {head_dim} is odd; rotary halves need an even one")
+        for key in ("quantization_config", "quantization", "quantize"):
+            if raw.get(key):
+                raise ValueError(f"{source}: {key} is set; quantized checkpoints are not supported yet, use a float one")
         chunked = raw.get("dual_chunk_attention_config")
         if chunked:  # identical to plain attention up to this length, and refused beyond it
             if not isinstance(chunked, dict):
@@ -116,7 +121,7 @@ class ModelConfig:
             sizes = _Reader(chunked, f"{source}: dual_chunk_attention_config")
             max_position = min(max_position, sizes.int("chunk_size") - sizes.int("local_size"))
         moe = _moe(raw, read, layers, source) if family == "qwen2_moe" else None
-        dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+        dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "").removeprefix("torch.")
         return cls(
             family=family if moe is not None else "qwen2",
             vocab_size=read.int("vocab_size"),
@@ -128,9 +133,9 @@ class ModelConfig:
             head_dim=head_dim,
             max_position=max_position,
             rms_norm_eps=read.float("rms_norm_eps", 1e-6),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=bool(raw.get("qkv_bias", True)),
-            dtype=check_dtype(dtype, source),
+            tie_word_embeddings=read.bool("tie_word_embeddings", False),
+            qkv_bias=read.bool("qkv_bias", True),
+            dtype=check_dtype(dtype, source) if dtype else None,
             rope=_rope(raw, read, head_dim, max_position, source),
             sliding_window=_windows(raw, read, family, layers, source),
             moe=moe,
@@ -172,6 +177,9 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value} must be at least 1")
+        for name in ("kv_cache_gib", "timeout"):
+            if not 0 < getattr(self, name) < inf:
+                raise ValueError(f"{name} {getattr(self, name)} must be a number above 0")
         if self.dtype != "auto":
             check_dtype(self.dtype, "dtype")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -217,6 +225,12 @@ class _Reader:
             raise ValueError(f"{self.source}: {key} is {value!r}; a positive number is needed")
         return float(value)
 
+    def bool(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise ValueError(f"{self.source}: {key} is {value!r}; true or false is needed")
+        return value
+
     def _get(self, key: str, default: Any) -> Any:
         value = self.raw.get(key)
         if value is None:
@@ -245,12 +259,13 @@ def _family(raw: dict[str, Any], source: str) -> str:
 
 
 def _rope(raw: dict[str, Any], read: _Reader, head_dim: int, max_position: int, source: str) -> RopeConfig:
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise ValueError(f"{source}: rope_parameters / rope_scaling must be an object, not {scaling!r}")
+    new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    if not isinstance(new, dict) or not isinstance(old, dict):
+        raise ValueError(f"{source}: rope_parameters / rope_scaling must be an object, not {old or new!r}")
+    kind = old.get("rope_type") or old.get("type") or new.get("rope_type") or new.get("type") or "default"
+    scaling = {key: value for key, value in {**new, **old}.items() if value is not None}  # as transformers: what is added wins
     inner = _Reader(scaling, f"{source}: rope")
     theta = inner.float("rope_theta", read.float("rope_theta", 10000.0))
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{source}: partial_rotary_factor {scaling['partial_rotary_factor']} is not supported; only 1.0 is")
     if kind == "default":
@@ -265,7 +280,7 @@ def _rope(raw: dict[str, Any], read: _Reader, head_dim: int, max_position: int, 
         original_max_position=original,
         beta_fast=inner.float("beta_fast", 32.0),
         beta_slow=inner.float("beta_slow", 1.0),
-        truncate=bool(scaling.get("truncate", True)),
+        truncate=inner.bool("truncate", True),
         attention_factor=inner.float("attention_factor", _yarn_attention_factor(scaling, factor)),
     )
 
@@ -280,9 +295,9 @@ def _yarn_attention_factor(scaling: dict[str, Any], factor: float) -> float:
 
 def _windows(raw: dict[str, Any], read: _Reader, family: str, layers: int, source: str) -> tuple[int | None, ...]:
     """The rule of transformers: layer_types if given, otherwise by max_window_layers, which the families count differently."""
-    if not raw.get("use_sliding_window", False) or not raw.get("sliding_window"):
+    if not read.bool("use_sliding_window", False) or ("sliding_window" in raw and not raw["sliding_window"]):
         return (None,) * layers
-    window, first = read.int("sliding_window"), raw.get("max_window_layers", 28)
+    window, first = read.int("sliding_window", 4096), raw.get("max_window_layers", 28)
     if type(first) is not int:
         raise ValueError(f"{source}: max_window_layers is {first!r}; an integer is needed")
     types = raw.get("layer_types")
@@ -314,6 +329,6 @@ def _moe(raw: dict[str, Any], read: _Reader, layers: int, source: str) -> MoeCon
         top_k=top_k,
         expert_intermediate_size=read.int("moe_intermediate_size"),
         shared_intermediate_size=read.int("shared_expert_intermediate_size"),
-        norm_topk_prob=bool(raw.get("norm_topk_prob", False)),
+        norm_topk_prob=read.bool("norm_topk_prob", False),
         layers=sparse,
     )

@@ -1,5 +1,6 @@
 """What run_pa is asked to run: its input flags, in order of priority, as prompts."""
 
+import errno
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class Inputs:
 
     def prompts(self, tokenizer: Tokenizer | None) -> list[Prompt]:
         """Raises ValueError naming the flag, line or entry that is malformed."""
+        if self.chat_template is not None and not self.chat:
+            raise ValueError("--chat_template is for chat models; add --is_chat_model")
         if self.dict is not None:
             return [self._from_text(text, tokenizer) for text in _from_dict(self.dict)]
         if self.ids is not None:
@@ -46,12 +49,14 @@ class Inputs:
     def _from_text(self, text: str, tokenizer: Tokenizer | None) -> Prompt:
         if not text:
             raise ValueError("an input text is empty; give at least one character")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"input text {text[:20]!r} is not valid UTF-8; mend its encoding")
         if self.chat:
             return self._from_messages([{"role": "user", "content": text}], tokenizer)
         return Prompt(text, tuple(_needed(tokenizer).encode(text)))
 
     def _from_messages(self, messages: Messages, tokenizer: Tokenizer | None) -> Prompt:
-        template = None if self.chat_template is None else _content(self.chat_template)
+        template = None if self.chat_template is None else _template(self.chat_template)
         text = _needed(tokenizer).chat(messages, template)
         return Prompt(text, tuple(_needed(tokenizer).encode(text)))
 
@@ -66,14 +71,21 @@ def _content(text: str) -> str:
     """The content of the file that `text` names, or `text` itself if it names none."""
     try:
         return Path(text).read_text(encoding="utf-8") if Path(text).is_file() else text
-    except OSError as error:  # too long for a path, for one
-        if len(text) > 200 or "\n" in text:
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # then it is no path
             return text
         raise ValueError(f"{text}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise ValueError(f"{text}: is not UTF-8 text; convert the file") from None
     except ValueError:  # an embedded null
         return text
+
+
+def _template(text: str) -> str:
+    content = _content(text)
+    if "{{" not in content and "{%" not in content:
+        raise ValueError(f"--chat_template {text!r} is neither a file nor a jinja template; check the path")
+    return content
 
 
 def _ids(entry: str) -> tuple[int, ...]:
@@ -86,7 +98,7 @@ def _ids(entry: str) -> tuple[int, ...]:
 def _from_dict(text: str) -> list[str]:
     try:
         entries = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--input_dict is not valid JSON ({error}); give a list of {{'prompt': text}}") from None
     if not isinstance(entries, list) or not entries:
         raise ValueError("--input_dict must be a JSON list of {'prompt': text, 'adapter': id} that is not empty")
@@ -96,7 +108,7 @@ def _from_dict(text: str) -> list[str]:
 def _entry(number: int, entry: Any) -> str:
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
         raise ValueError(f"--input_dict entry {number} has no text under 'prompt'")
-    if entry.get("adapter", "base") != "base":
+    if (entry.get("adapter") or "base") != "base":
         raise ValueError(f"--input_dict entry {number} names adapter {entry['adapter']!r}; LoRA is not supported yet, use 'base'")
     return str(entry["prompt"])
 
@@ -117,7 +129,7 @@ def _from_file(path: Path) -> list[Messages]:
 def _messages(path: Path, number: int, line: str) -> Messages:
     try:
         messages = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--input_file {path} line {number}: not valid JSON ({error})") from None
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise ValueError(f"--input_file {path} line {number}: must be a list of {{'role': text, 'content': text}}")

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +41,7 @@ class LLM:
 
     A lone process becomes rank 0 and starts the others. Under a launcher every rank constructs the LLM with the same
     arguments; there the constructor serves rank 0 on every other rank and then leaves the process (SystemExit), so that
-    the code after it runs once.
+    the code after it runs once, and a launch can construct one LLM only. A step that is interrupted or fails ends the LLM.
 
     Arguments: as EngineConfig. load_tokenizer False: token ids in, token ids out. max_position_embeddings replaces the
     config's. Raises ValueError for the user's mistakes before any weight is read, RankDied when a rank is gone.
@@ -81,6 +82,7 @@ class LLM:
         total = shares(model, config.grid(), config.dtype)[0].weight_bytes
         with tqdm(total=total, unit="B", unit_scale=True, desc="weights of rank 0", disable=not progress, leave=False) as bar:
             self.ranks = Ranks(config, model, rendezvous, lambda count: _advance(bar, count))
+        weakref.finalize(self, self.ranks.close)  # at the latest when the interpreter ends
         for ready in self.ranks.ready:
             log.info("rank %d: read %d bytes, holds %d bytes of weights", ready.rank, ready.bytes_read, ready.weight_bytes)
         pool = BlockPool(config.num_kv_blocks, config.block_size)
@@ -131,7 +133,7 @@ class LLM:
                 if not grown:
                     self._grown.update((output.request_id, output) for output in self.engine.step())
         finally:
-            for request_id in mine:
+            for request_id in mine if self.ranks.alive else ():
                 self.engine.abort(request_id)
                 self._grown.pop(request_id, None)
 
@@ -178,12 +180,14 @@ class LLM:
         return self.tokenizer.encode(prompt)
 
 
-def _check_communicator(config: EngineConfig) -> None:
+def _check_communicator(config: EngineConfig, world_size: int) -> None:
     known = sorted({*available(), "loopback"})
     if config.communicator not in known:
         raise ValueError(f"communicator {config.communicator!r} is unknown; choose one of auto, {', '.join(known)}")
     if config.communicator == "solo" and config.tp > 1:
         raise ValueError(f"communicator 'solo' serves one rank, not tp {config.tp}; choose auto")
+    if config.communicator == "loopback" and world_size > 1:
+        raise ValueError("communicator 'loopback' makes ranks of a lone process's threads; choose auto under a launcher")
 
 
 def _advance(bar: "tqdm[Any]", count: int) -> None:
@@ -196,9 +200,13 @@ def prepare(config: EngineConfig, max_position_embeddings: int | None = None) ->
     folder = folder_of(config.model)
     model = ModelConfig.load(folder)
     if max_position_embeddings is not None:
+        if max_position_embeddings < 1:
+            raise ValueError(f"max_position_embeddings {max_position_embeddings} must be at least 1")
         model = replace(model, max_position=max_position_embeddings)
-    config = resolve(replace(config, model=str(folder)), model, detect(config.timeout).size, cuda=torch.cuda.is_available())
-    _check_communicator(config)
+        config = replace(config, max_model_len=min(config.max_model_len or max_position_embeddings, max_position_embeddings))
+    world_size = detect(config.timeout).size
+    config = resolve(replace(config, model=str(folder)), model, world_size, cuda=torch.cuda.is_available())
+    _check_communicator(config, world_size)
     store = Store(folder)
     verify(store, declare(model), config.grid())
     return config, model

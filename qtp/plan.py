@@ -4,15 +4,15 @@ Reads the config and the headers of the weight files alone, and imports no torch
 """
 
 import argparse
-import os
 import sys
 from dataclasses import replace
+from math import inf
 
 from qtp.cli import Parser, run
 from qtp.config import EngineConfig, ModelConfig
 from qtp.hub import folder_of
 from qtp.layout.split import Grid
-from qtp.resolve import ITEM_SIZE, RankShare, context_limit, resolve, shares
+from qtp.resolve import ITEM_SIZE, RankShare, context_limit, machine_bytes, resolve, shares
 from qtp.weights.names import declare
 from qtp.weights.store import Store
 from qtp.weights.verify import verify
@@ -52,7 +52,9 @@ def command(argv: list[str] | None) -> int:
     config = resolve(replace(asked, max_model_len=args.max_len, num_kv_blocks=1), model, 1, cuda=False)
     grid = config.grid()
     verify(Store(folder), declare(model), grid)
-    memory = int((args.memory if args.memory is not None else _machine_gib() / config.tp) * 2**30)
+    if args.memory is not None and not 0 < args.memory < inf:
+        raise ValueError(f"--memory {args.memory} must be a number of GiB above 0")
+    memory = int((args.memory if args.memory is not None else machine_bytes() / 2**30 / config.tp) * 2**30)
     length = config.max_model_len or context_limit(model)
 
     rows = shares(model, grid, config.dtype)
@@ -64,8 +66,13 @@ def command(argv: list[str] | None) -> int:
             f"{s.weight_bytes:14}  {s.kv_bytes_per_token:15}"
         )
     calls, size = step_traffic(model, config.dtype, 1)
-    reduces = calls if config.tp > 1 else 0
-    print(f"a step of T tokens: {reduces} all_reduce of T x {size} bytes, one all_gather of 16 bytes a sampled row and rank")
+    if config.tp == 1:
+        print("a step: no collective")
+    else:
+        print(
+            f"a step of T tokens: {calls} all_reduce of T x {size} bytes, and one all_gather a step (16 bytes a greedy row and "
+            "rank; with top_k 1 to 64 1024; otherwise 4 a vocabulary entry)"
+        )
 
     spare = min(memory - s.weight_bytes - working_bytes(model, s, config.dtype, STEP_TOKENS) for s in rows)
     per_token = max(s.kv_bytes_per_token for s in rows)
@@ -73,6 +80,9 @@ def command(argv: list[str] | None) -> int:
     batch = max(0, spare) // (per_token * length)
     print(f"memory of a rank: {memory / 2**30:.2f} GiB; left for KV on the fullest: {spare / 2**30:.2f} GiB")
     print(f"longest context for one sequence: {longest} tokens; sequences of {length} tokens at once: {batch}")
+    if spare < 0:
+        print("no: the weights and a step's working memory alone do not fit; raise --tp or --memory")
+        return 1
     if batch < 1:
         print(
             f"no: one sequence of {length} tokens does not fit; raise --tp or --memory, or lower --max-len to {longest} or less"
@@ -80,10 +90,6 @@ def command(argv: list[str] | None) -> int:
         return 1
     print("yes: it fits")
     return 0
-
-
-def _machine_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
 def _experts(model: ModelConfig, grid: Grid) -> str:

@@ -46,7 +46,7 @@ def print_answers(outputs: Sequence[RequestOutput], has_text: bool, streamed: bo
 def write_jsonl(path: Path, outputs: Sequence[RequestOutput]) -> None:
     """One line a request: index, prompt_token_ids, token_ids, text, finish_reason, logprobs. The file appears whole or not
     at all."""
-    part = path.with_name(path.name + ".part")
+    part = _part(path)
     with part.open("w", encoding="utf-8") as stream:
         for i, output in enumerate(outputs):
             completion = output.outputs[0]
@@ -62,8 +62,8 @@ def write_jsonl(path: Path, outputs: Sequence[RequestOutput]) -> None:
     part.replace(path)
 
 
-def write_statistics(path: Path, outputs: Sequence[RequestOutput]) -> None:
-    """One csv row a request; times in milliseconds."""
+def write_statistics(path: Path, outputs: Sequence[RequestOutput], batch_size: int) -> None:
+    """One csv row a request; times in milliseconds. batch_size: the most requests in a step."""
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(STATISTICS)
@@ -72,7 +72,7 @@ def write_statistics(path: Path, outputs: Sequence[RequestOutput]) -> None:
             each = output.decode_seconds / max(1, produced - 1)
             times = (1e3 * (output.prefill_seconds + output.decode_seconds), 1e3 * output.prefill_seconds, 1e3 * each)
             speed = 1 / each if each else 0.0
-            row = (len(outputs), len(output.prompt_token_ids), produced, *(f"{t:.3f}" for t in times), f"{speed:.2f}")
+            row = (batch_size, len(output.prompt_token_ids), produced, *(f"{t:.3f}" for t in times), f"{speed:.2f}")
             writer.writerow(row)
 
 
@@ -82,6 +82,16 @@ def check_writable(path: Path, flag: str) -> None:
         raise ValueError(f"{flag} {path}: is a folder; name a file")
     if not path.parent.is_dir():
         raise ValueError(f"{flag} {path}: its folder does not exist; name a file in a folder that does")
+    probe = _part(path)
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: cannot be written ({error.strerror}); name another place") from None
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
 
 
 def _plain(told: dict[int, Logprob]) -> dict[str, dict[str, object]]:

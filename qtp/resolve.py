@@ -1,6 +1,7 @@
 """From what was asked to what is run: every choice left open in an EngineConfig is made here, from the model alone, the same
 on every rank. Also the arithmetic of memory that `qtp.plan` prints."""
 
+import os
 from dataclasses import dataclass, replace
 
 from qtp.config import EngineConfig, ModelConfig
@@ -80,17 +81,32 @@ def resolve(config: EngineConfig, model: ModelConfig, world_size: int, *, cuda: 
     if device == "cuda" and not cuda:
         raise ValueError("device cuda: no CUDA device was found by this torch; choose cpu")
     dtype = model.dtype if config.dtype == "auto" else config.dtype
+    if dtype is None:
+        raise ValueError(f"{config.model}: config.json does not say the dtype of the weights; give --dtype")
     communicator = config.communicator
     if communicator == "auto":
         communicator = "solo" if tp == 1 else ("nccl" if device == "cuda" else "gloo")
     config = replace(config, dtype=dtype, device=device, communicator=communicator, max_model_len=length)
     blocks = config.num_kv_blocks or _kv_blocks(config, model, grid, length)
+    if device == "cpu" and (needed := blocks * _block_bytes(config, model, grid)) > machine_bytes():
+        has = machine_bytes() / 2**30
+        raise ValueError(f"{blocks} KV blocks need {needed / 2**30:.1f} GiB, and this machine has {has:.1f}; lower num_kv_blocks")
     return replace(config, num_kv_blocks=blocks)
+
+
+def machine_bytes() -> int:
+    """The memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _block_bytes(config: EngineConfig, model: ModelConfig, grid: Grid) -> int:
+    """Bytes of a KV block on the rank that holds most."""
+    return config.block_size * max(share.kv_bytes_per_token for share in shares(model, grid, config.dtype))
 
 
 def _kv_blocks(config: EngineConfig, model: ModelConfig, grid: Grid, length: int) -> int:
     """As many blocks as max_num_seqs sequences of `length` tokens could use, within kv_cache_gib on the fullest rank."""
-    per_block = config.block_size * max(share.kv_bytes_per_token for share in shares(model, grid, config.dtype))
+    per_block = _block_bytes(config, model, grid)
     most = config.max_num_seqs * -(-length // config.block_size)
     fits = int(config.kv_cache_gib * 2**30) // per_block
     if fits < 1:
@@ -107,10 +123,16 @@ def describe(config: EngineConfig, model: ModelConfig) -> list[str]:
     weights = [row.weight_bytes for row in rows]
     head = (
         f"tp {config.tp} (moe_ep {grid.moe_ep}, moe_tp {grid.moe_tp}), {config.dtype} on {config.device}, communicator "
-        f"{config.communicator}, {config.num_kv_blocks} KV blocks of {config.block_size} tokens, context {config.max_model_len}"
+        f"{config.communicator}, {config.num_kv_blocks} KV blocks of {config.block_size} tokens "
+        f"({_kv_mib(config, model, grid):.1f} MiB on the fullest rank), "
+        f"context {config.max_model_len}"
     )
     waste = f"the fullest rank holds {max(weights) * len(weights) / sum(weights):.2f} times the mean"
     return [head, *map(_row, rows), waste]
+
+
+def _kv_mib(config: EngineConfig, model: ModelConfig, grid: Grid) -> float:
+    return (config.num_kv_blocks or 0) * _block_bytes(config, model, grid) / 2**20
 
 
 def _row(s: RankShare) -> str:

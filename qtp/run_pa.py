@@ -140,9 +140,10 @@ def command(argv: list[str] | None) -> int:
     for flag in ("output", "statistics"):
         if getattr(args, flag) is not None:
             check_writable(getattr(args, flag), f"--{flag}")
-    for flag in ("max_batch_size", "max_input_length", "max_output_length"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} {getattr(args, flag)} must be at least 1")
+    for flag in ("max_batch_size", "max_prefill_batch_size", "max_input_length", "max_output_length", "max_prefill_tokens"):
+        value = getattr(args, flag)
+        if value is not None and value < 1 and not (flag == "max_prefill_tokens" and value == -1):
+            raise ValueError(f"--{flag} {value} must be at least 1")
     params = sampling_params(args)
     budget = args.max_prefill_tokens if args.max_prefill_tokens != -1 else max(2048, args.max_batch_size)
     config, model = prepare(
@@ -183,11 +184,11 @@ def command(argv: list[str] | None) -> int:
         config = replace(config, num_kv_blocks=min(pool.num_blocks, sum(map(pool.needed, most))))
     with LLM.prepared(config, model, tokenizer, progress=True) as llm:
         outputs, streamed = generate(llm, prompts, params)
-    print_answers(outputs, has_text=tokenizer is not None, streamed=streamed)
     if args.output is not None:
         write_jsonl(args.output, outputs)
     if args.statistics is not None:
-        write_statistics(args.statistics, outputs)
+        write_statistics(args.statistics, outputs, min(args.max_batch_size, len(outputs)))
+    print_answers(outputs, has_text=tokenizer is not None, streamed=streamed)
     return 0
 
 

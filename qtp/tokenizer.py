@@ -50,8 +50,9 @@ class Tokenizer:
         try:
             compiled = _environment().from_string(source)
             return compiled.render(messages=list(messages), add_generation_prompt=True, tools=None, **special)
-        except TemplateError as error:
-            raise ValueError(f"chat template of {self.folder}: {error}") from None
+        except Exception as error:  # a template is the user's code and may raise anything
+            cause = f"{type(error).__name__}: {error}"
+            raise ValueError(f"chat template of {self.folder}: {cause}; mend it or the messages") from None
 
     def _chat_template(self) -> str:
         file = self.folder / "chat_template.jinja"

@@ -123,10 +123,13 @@ def survives(change: Mutant) -> str | None:
 
 
 def run_tests(tree: Path, tests: tuple[str, ...]) -> int:
-    """Pytest's exit code in `tree`: 0 all passed, 1 some failed, anything else is no verdict."""
+    """Pytest's exit code in `tree`: 0 all passed, 1 some failed, anything else is no verdict (-1: it took too long)."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--timeout", "120", *tests]
     environment = {"PYTHONPATH": str(tree), "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, timeout=900).returncode
+    try:
+        return subprocess.run(command, cwd=tree, env=environment, capture_output=True, timeout=900).returncode
+    except subprocess.TimeoutExpired:
+        return -1
 
 
 def main() -> int:

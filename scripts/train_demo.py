@@ -58,6 +58,7 @@ ENDOFTEXT, IM_START, IM_END = SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im
 TOKENIZER_SIZE = 4096
 VOCAB_SIZE = 4160
 WINDOW = 512
+RECORD = "training.json"
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -75,14 +76,16 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """How one model is trained. `seconds` is wall time, evaluations included."""
+    """How one model is trained. `seconds` is wall time, evaluations included. `start` is a folder that an earlier training
+    wrote, to go on from its weights; None: from random ones."""
 
     name: str
     seconds: float
     threads: int
+    start: Path | None = None
     batch: int = 2
     sequence: int = 512
-    peak_lr: float = 3e-3
+    peak_lr: float
     final_lr_share: float = 0.02
     warmup_share: float = 0.03
     weight_decay: float = 0.1
@@ -104,7 +107,7 @@ class Perplexity:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What a finished training tells the table in README.md."""
+    """The content of training.json, for the table in README.md: all that was spent on a model, earlier trainings included."""
 
     name: str
     parameters: int
@@ -283,6 +286,10 @@ def train(recipe: Recipe, ids_N: np.ndarray, held_out: list[int], folder: Path) 
     for name, parameter in model.named_parameters():
         if name.endswith("_proj.bias"):
             torch.nn.init.normal_(parameter, std=recipe.bias_std)
+    before = Outcome(name=recipe.name, parameters=0, steps=0, tokens=0, minutes=0.0)
+    if recipe.start is not None:
+        model.load_state_dict(type(model).from_pretrained(recipe.start, dtype=torch.float32).state_dict())
+        before = Outcome(**json.loads((recipe.start / RECORD).read_text(encoding="utf-8")))
     routed = {"output_router_logits": True} if recipe.name == "moe" else {}
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
@@ -324,11 +331,11 @@ def train(recipe: Recipe, ids_N: np.ndarray, held_out: list[int], folder: Path) 
     outcome = Outcome(
         name=recipe.name,
         parameters=sum(p.numel() for p in model.parameters()),
-        steps=steps,
-        tokens=steps * recipe.batch * recipe.sequence,
-        minutes=(time.monotonic() - started) / 60,
+        steps=before.steps + steps,
+        tokens=before.tokens + steps * recipe.batch * recipe.sequence,
+        minutes=before.minutes + (time.monotonic() - started) / 60,
     )
-    write_json(folder / "outcome.json", asdict(outcome))
+    write_json(folder / RECORD, asdict(outcome))
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
@@ -399,6 +406,8 @@ def replace_entries(source: Path, target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60, help="wall time of the two together")
+    parser.add_argument("--start", type=Path, help="go on from the models that an earlier run wrote there")
+    parser.add_argument("--peak-lr", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--out", type=Path, default=DEMO, help="default: the package's own folder")
     args = parser.parse_args()
 
@@ -413,8 +422,9 @@ def main() -> None:
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".demo-", dir=args.out.parent))
-    recipe = Recipe(name="dense", seconds=args.minutes * 60, threads=max((os.cpu_count() or 2) // 2, 1))
-    recipes = [recipe, replace(recipe, name="moe")]
+    threads = max((os.cpu_count() or 2) // 2, 1)
+    recipe = Recipe(name="dense", seconds=args.minutes * 60, threads=threads, peak_lr=args.peak_lr)
+    recipes = [replace(recipe, name=name, start=args.start / name if args.start else None) for name in ("dense", "moe")]
     spawn = multiprocessing.get_context("spawn")
     processes = []
     for recipe in recipes:
@@ -431,9 +441,8 @@ def main() -> None:
 
     outcomes, results = [], []
     for recipe in recipes:
-        record = work / recipe.name / "outcome.json"
+        record = work / recipe.name / RECORD
         outcomes.append(Outcome(**json.loads(record.read_text(encoding="utf-8"))))
-        record.unlink()
         results.append(measure(work / recipe.name, text))
         print(outcomes[-1], results[-1], sep="\n")
     (work / "held_out.txt").write_text(text, encoding="utf-8", newline="\n")

@@ -60,7 +60,7 @@ class Engine:
             prompt_ids=tuple(prompt_ids),
             params=params,
             max_len=longest(len(prompt_ids), params, self.max_model_len),
-            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(self.eos_ids)),
+            stop_ids=frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else frozenset(self.eos_ids)),
         )
         self._next_request += 1
         seed = secrets.randbits(62) if params.seed is None else params.seed
@@ -101,10 +101,10 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Runs one step and returns the requests that it moved on, finished ones for the last time."""
-        plan, _ = self.scheduler.schedule()
+        plan, chosen = self.scheduler.schedule()
         assert plan.chunks or not self.scheduler.has_work, "there is work, but no sequence could be scheduled"
         now = time.perf_counter()
-        by_id = {s.seq_id: s for s in self.scheduler.running}
+        by_id = {s.seq_id: s for s in chosen}
         for chunk in plan.chunks:
             request = by_id[chunk.seq_id].request
             request.started = now if request.started is None else request.started
@@ -205,7 +205,7 @@ def check_request(
     for i in prompt_ids:
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab_size:
             raise ValueError(f"token id {i!r} is outside the vocabulary of {vocab_size}; give ids from 0 to {vocab_size - 1}")
-    for i in params.stop_token_ids:
+    for i in params.stop_token_ids or ():
         if not 0 <= i < vocab_size:
             raise ValueError(f"stop_token_ids: id {i} is outside the vocabulary of {vocab_size}")
     if params.stops and not has_decoder:

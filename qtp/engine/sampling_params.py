@@ -28,7 +28,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     seed: int | None = None
     stop: str | list[str] | tuple[str, ...] | None = None
-    stop_token_ids: list[int] | tuple[int, ...] = ()
+    stop_token_ids: list[int] | tuple[int, ...] | None = None
     ignore_eos: bool = False
     n: int = 1
     logprobs: int | None = None
@@ -72,7 +72,7 @@ _RULES: dict[str, _Rule] = {
     "frequency_penalty": (float, False, lambda v: -2 <= v <= 2, "between -2 and 2"),
     "seed": (int, True, lambda v: 0 <= v < 2**63, "an integer between 0 and 2**63 - 1"),
     "stop": (str | list | tuple, True, _are_texts, "text that is not empty, or a list of such"),
-    "stop_token_ids": (list | tuple, False, lambda v: all(type(i) is int for i in v), "a list of ids"),
+    "stop_token_ids": (list | tuple, True, lambda v: all(type(i) is int for i in v), "a list of ids"),
     "n": (int, False, lambda v: 1 <= v <= 1024, "between 1 and 1024"),
     "logprobs": (int, True, lambda v: v >= -1, "an integer, -1 (all), 0 or more"),
     "prompt_logprobs": (int, True, lambda v: v >= -1, "an integer, -1 (all), 0 or more"),

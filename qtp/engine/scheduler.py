@@ -1,7 +1,8 @@
 """Which tokens of which sequences run in the next step: plain Python over the block pool.
 
 A step mixes decoding and chunked prefill under a token budget. Running sequences come first, oldest first; then waiting ones
-are admitted in order of arrival, unless a sequence had to be preempted in this step. Blocks are taken as a sequence grows.
+are admitted in order of arrival, once the pool holds all the tokens they have, and unless a sequence had to be preempted in
+this step. Blocks are taken as a sequence grows.
 When none is left, the youngest running sequence is preempted: its blocks go back, and it starts over later (recompute) from
 its prompt and what it had sampled.
 """
@@ -56,9 +57,10 @@ class Scheduler:
         while self.waiting and self.preemptions == before and budget and self._has_seat(len(started)):
             s = self.waiting[0]
             count = min(len(s.tokens), budget)
-            blocks = self.pool.take(self.pool.needed(count))
-            if blocks is None:
+            if self._unpromised() < self.pool.needed(len(s.tokens)):
                 break
+            blocks = self.pool.take(self.pool.needed(count))
+            assert blocks is not None
             self.running.append(self.waiting.popleft())
             started.append(self._start(s))
             chosen.append((s, self._chunk(s, count, blocks)))
@@ -86,6 +88,11 @@ class Scheduler:
 
     def _has_seat(self, started: int) -> bool:
         return len(self.running) < self.max_num_seqs and started < self.max_prefill_seqs
+
+    def _unpromised(self) -> int:
+        """Free blocks less those that running sequences lack for the tokens they already have. A sequence is admitted only if
+        its own tokens fit into these: one that prefills until the pool is empty would only preempt itself, again and again."""
+        return self.pool.num_free - sum(max(0, self.pool.needed(len(s.tokens)) - len(s.blocks)) for s in self.running)
 
     def _take_preempting(self, s: Sequence, num_tokens: int) -> list[int] | None:
         """The blocks that `s` lacks for num_tokens; preempts the youngest until they are there. None: `s` itself had to go."""

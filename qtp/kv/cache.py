@@ -25,10 +25,6 @@ class KVCache:
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.block_size = block_size
 
-    @property
-    def nbytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size()
-
     def write(self, layer: int, slots_T: Tensor, keys_THd: Tensor, values_THd: Tensor) -> None:
         """Stores the new tokens' keys and values at their slots."""
         self.keys[layer].flatten(0, 1).index_copy_(0, slots_T, keys_THd)

@@ -4,6 +4,7 @@ The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian leng
 Everything the header claims is checked against the file before anything is read.
 """
 
+import hashlib
 import json
 import os
 import threading
@@ -30,6 +31,7 @@ ITEM_SIZE = {
     "F8_E5M2": 1,
 }
 _MAX_HEADER = 100_000_000
+_SAMPLE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +104,24 @@ class Store:
             os.close(descriptor)
         self._descriptors.clear()
 
+    def fingerprint(self) -> str:
+        """A digest of the headers and of the first kilobytes of each file's data; reads no more than these."""
+        digest = hashlib.sha256()
+        for name in sorted(self.entries):
+            entry = self.entries[name]
+            digest.update(f"{name} {entry.dtype} {entry.shape} {entry.offset} {entry.file.name}".encode())
+        for file in sorted({entry.file for entry in self.entries.values()}):
+            first = min(entry.offset for entry in self.entries.values() if entry.file == file)
+            digest.update(os.pread(self._open(file), _SAMPLE, first))
+        return digest.hexdigest()
+
     def _open(self, file: Path) -> int:
         with self._lock:
             if file not in self._descriptors:
-                self._descriptors[file] = os.open(file, os.O_RDONLY)
+                try:
+                    self._descriptors[file] = os.open(file, os.O_RDONLY)
+                except OSError as error:
+                    raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
             return self._descriptors[file]
 
 
@@ -143,7 +159,7 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
             names = sorted(set(weight_map.values()))
             if not all(isinstance(name, str) for name in names):
                 raise TypeError
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{index}: has no readable weight_map; fetch the file again") from None
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:

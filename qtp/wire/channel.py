@@ -5,7 +5,6 @@ A frame is four bytes of length, big-endian, and that many bytes of a message. A
 
 import hmac
 import queue
-import secrets
 import socket
 import struct
 import threading
@@ -20,6 +19,7 @@ _LENGTH = struct.Struct(">I")
 MAX_FRAME = 1 << 28
 MAX_HELLO = 4096
 LOST = "process is gone"
+_DIFFERS = "its checkpoint or its settings differ from those of rank 0; give every rank the same"
 _ACCEPT_SLICE = 0.05
 _HELLO_PATIENCE = 5.0
 
@@ -105,10 +105,12 @@ class _Inbox:
 
 
 class SocketLeader(Leader):
-    """Listens on `address`, on a port of the system's choice, for `size` - 1 followers that know `token`."""
+    """Listens on `address`, on a port of the system's choice, for `size` - 1 followers that know `token`. A follower whose
+    `fingerprint` is another has failed, by a mistake of the user's: it was started with another model or other settings."""
 
-    def __init__(self, address: str, size: int, token: str) -> None:
+    def __init__(self, address: str, size: int, token: str, fingerprint: str = "") -> None:
         self._inbox = _Inbox(size)
+        self._fingerprint = fingerprint
         self._token = token
         self._listener = socket.create_server((address, 0), family=_family(address), backlog=max(size, 16))
         self.port: int = self._listener.getsockname()[1]
@@ -180,7 +182,10 @@ class SocketLeader(Leader):
         with self._lock:
             if not 0 < hello.rank < self._inbox.size or hello.rank in self._peers:
                 return None
+            self._strangers.discard(peer)  # before `accept` sees that all are there and ends the strangers
             self._peers[hello.rank] = (hello, peer)
+        if hello.fingerprint != self._fingerprint:
+            self._inbox.put(hello, Failure(rank=hello.rank, cause=_DIFFERS, details="", user_error=True))
         return hello
 
     def _listen(self, hello: Hello, peer: socket.socket) -> None:
@@ -196,14 +201,14 @@ class SocketLeader(Leader):
 class SocketFollower(Follower):
     """Connects to rank 0 at once and says hello."""
 
-    def __init__(self, address: str, port: int, rank: int, pid: int, token: str, timeout: float) -> None:
+    def __init__(self, address: str, port: int, hello: Hello, timeout: float) -> None:
         try:
             self._socket = socket.create_connection((address, port), timeout)
         except OSError as error:
             raise Closed(f"rank 0 at {address}:{port} cannot be reached: {error}") from None
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.send(Hello(rank=rank, host=socket.gethostname(), pid=pid, token=token))
+        self.send(hello)
 
     def send(self, message: Message) -> None:
         frame = encode(message)
@@ -265,11 +270,6 @@ class QueueFollower(Follower):
 
     def close(self) -> None:
         self._inbox.lost(self._hello, "thread ended")
-
-
-def new_token() -> str:
-    """A secret for one run, 32 hexadecimal digits."""
-    return secrets.token_hex(16)
 
 
 def _read_frame(peer: socket.socket, limit: int) -> bytes:

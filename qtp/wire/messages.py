@@ -96,12 +96,13 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hello:
-    """The first frame from a rank: who it is, and the token in hexadecimal."""
+    """The first frame from a rank: who it is, the token in hexadecimal, and a digest of its model and settings."""
 
     rank: int
     host: str
     pid: int
     token: str
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

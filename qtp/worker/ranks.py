@@ -3,13 +3,16 @@
 Order on every rank: communicator, control channel (who am I), weights, ready, steps.
 """
 
+import hashlib
 import json
 import os
+import socket
 import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 
@@ -21,8 +24,9 @@ from launch import local
 from launch.affinity import threads_per_rank
 from launch.watch import RankDied, run_while
 from qtp.config import EngineConfig, ModelConfig
-from qtp.wire.channel import LOST, Closed, Follower, Leader, QueueFollower, QueueLeader, SocketFollower, SocketLeader, new_token
-from qtp.wire.messages import Failure, Ready, StepPlan, StepResult, Stop
+from qtp.weights.store import Store
+from qtp.wire.channel import LOST, Closed, Follower, Leader, QueueFollower, QueueLeader, SocketFollower, SocketLeader
+from qtp.wire.messages import Failure, Hello, Ready, StepPlan, StepResult, Stop
 from qtp.worker.worker import Worker
 
 _ENDPOINT_BYTES = 64
@@ -55,10 +59,22 @@ class Ranks:
             raise
 
     def execute(self, plan: StepPlan) -> StepResult:
-        with self._naming_the_cause():
-            if self._channel is not None:
-                self._channel.send(plan)
-            return self.worker.execute(plan)
+        """Raises ValueError once closed. A step that fails or is interrupted leaves ranks that disagree, so it closes them."""
+        if not self.alive:
+            raise ValueError("this LLM is closed, by close() or by a step that failed; construct it anew")
+        try:
+            with self._naming_the_cause():
+                if self._channel is not None:
+                    self._channel.send(plan)
+                return self.worker.execute(plan)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def alive(self) -> bool:
+        """Whether steps can run."""
+        return self._comm is not None
 
     def close(self) -> None:
         """Tells the other ranks to stop, and waits for those that this process started. Harmless when repeated."""
@@ -92,7 +108,7 @@ class Ranks:
             use_threads(config, rendezvous)
             self._comm = run_while(lambda: communicator(config, rendezvous), check)
             if config.tp > 1:
-                self._channel = run_while(lambda: _listen(self._the_comm, rendezvous), check)
+                self._channel = run_while(lambda: _listen(self._the_comm, rendezvous, fingerprint(config, model)), check)
         with self._naming_the_cause():
             self.worker = Worker(config, model, self._the_comm, progress)
         self.ready: list[Ready] = [self.worker.ready]
@@ -106,7 +122,7 @@ class Ranks:
         return self._comm
 
     def _start_threads(self, config: EngineConfig, model: ModelConfig) -> None:
-        comms: list[Loopback] = loopback(config.tp, timeout=config.timeout)
+        comms: list[Loopback] = loopback(config.tp, torch.device(config.device), config.timeout)
         channel = QueueLeader(config.tp)
         for comm, follower in zip(comms[1:], channel.followers, strict=True):
             thread = threading.Thread(target=_follow_in_thread, args=(config, model, comm, follower), daemon=True)
@@ -146,16 +162,32 @@ class _Naming:
 def communicator(config: EngineConfig, rendezvous: Rendezvous) -> Communicator:
     device = torch.device(config.device)
     if device.type == "cuda":
-        device = torch.device("cuda", rendezvous.local_rank % torch.cuda.device_count())
+        found = torch.cuda.device_count()
+        if rendezvous.local_size > found:
+            raise ValueError(
+                f"{rendezvous.local_size} ranks on this host need as many GPUs, and it has {found}; use --device cpu"
+            )
+        device = torch.device("cuda", rendezvous.local_rank)
         torch.cuda.set_device(device)
     return collectives.create(config.communicator, rendezvous, device)
 
 
-def use_threads(config: EngineConfig, rendezvous: Rendezvous) -> int:
-    """Sets and returns this process's threads: config.threads, or its share of the allowed cores."""
-    threads = config.threads or threads_per_rank(rendezvous.local_size)
-    torch.set_num_threads(threads)
-    return threads
+def use_threads(config: EngineConfig, rendezvous: Rendezvous) -> None:
+    """Sets this process's threads: config.threads, or its share of the allowed cores."""
+    torch.set_num_threads(config.threads or threads_per_rank(rendezvous.local_size))
+
+
+def fingerprint(config: EngineConfig, model: ModelConfig) -> str:
+    """A digest of all that must be the same on every rank: the settings, the model's config and the weight files (their headers,
+    sizes and a sample). Where the folder lies and what only concerns one host is left out."""
+    settings = {**asdict(config), "model": "", "threads": 0}
+    with Store(Path(config.model)) as store:
+        content = f"{settings}{replace(model, moe=None)}{_moe_text(model)}{store.fingerprint()}"
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _moe_text(model: ModelConfig) -> str:
+    return "" if model.moe is None else f"{replace(model.moe, layers=frozenset())}{sorted(model.moe.layers)}"
 
 
 def follow(config: EngineConfig, model: ModelConfig, rendezvous: Rendezvous) -> int:
@@ -164,7 +196,7 @@ def follow(config: EngineConfig, model: ModelConfig, rendezvous: Rendezvous) -> 
     use_threads(config, rendezvous)
     try:
         comm = communicator(config, rendezvous)
-        follower = _connect(comm, rendezvous)
+        follower = _connect(comm, rendezvous, fingerprint(config, model))
     except (Closed, CollectiveError, ValueError) as error:
         print(f"rank {rendezvous.rank}: {error}", file=sys.stderr)
         return 1
@@ -208,19 +240,25 @@ def _follow_in_thread(config: EngineConfig, model: ModelConfig, comm: Loopback, 
     follower.close()
 
 
-def _listen(comm: Communicator, rendezvous: Rendezvous) -> Leader:
+def _listen(comm: Communicator, rendezvous: Rendezvous, fingerprint: str) -> Leader:
     """Opens the control channel on the rendezvous's address and tells the others, over the communicator, where it is."""
-    token = rendezvous.token or new_token()
-    leader = SocketLeader(rendezvous.address, rendezvous.size, token)
+    token = rendezvous.token or local.new_token()
+    try:
+        leader = SocketLeader(rendezvous.address, rendezvous.size, token, fingerprint)
+    except OSError as error:
+        raise ValueError(
+            f"rank 0 cannot listen on {rendezvous.address} ({error.strerror}); set MASTER_ADDR to an address of its host"
+        ) from None
     text = f"{leader.port}:{'' if rendezvous.token else token}".encode()
     comm.broadcast(torch.tensor(list(text.ljust(_ENDPOINT_BYTES)), dtype=torch.uint8, device=comm.device))
     leader.accept(rendezvous.timeout)
     return leader
 
 
-def _connect(comm: Communicator, rendezvous: Rendezvous) -> Follower:
+def _connect(comm: Communicator, rendezvous: Rendezvous, fingerprint: str) -> Follower:
     told = comm.broadcast(torch.zeros(_ENDPOINT_BYTES, dtype=torch.uint8, device=comm.device))
     port, _, token = bytes(told.tolist()).decode().strip().partition(":")
-    return SocketFollower(
-        rendezvous.address, int(port), rendezvous.rank, os.getpid(), rendezvous.token or token, rendezvous.timeout
+    hello = Hello(
+        rank=rendezvous.rank, host=socket.gethostname(), pid=os.getpid(), token=rendezvous.token or token, fingerprint=fingerprint
     )
+    return SocketFollower(rendezvous.address, int(port), hello, rendezvous.timeout)

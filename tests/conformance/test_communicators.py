@@ -15,10 +15,9 @@ import pytest
 import torch
 from communicator_cases import CASES, PROCESS_SIZES, WRAPPERS
 
-from collectives import CollectiveError, Communicator, Rendezvous, available, create, register
+from collectives import CollectiveError, Communicator, Rendezvous, available, create
 from collectives.checked import Checked
 from collectives.loopback import loopback
-from collectives.solo import Solo
 
 CPU = torch.device("cpu")
 SIZES = (1, 2, 3, 4)
@@ -182,15 +181,6 @@ def test_registry_names_what_there_is() -> None:
     assert {"solo", "gloo", "nccl"} <= set(available())
     with pytest.raises(ValueError, match=r"'glue' is unknown.*gloo.*nccl.*solo"):
         create("glue", Rendezvous(), CPU)
-
-
-def test_registry_takes_a_new_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    from collectives import registry
-
-    monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
-    register("mine", "collectives.solo:create")
-    assert "mine" in available()
-    assert isinstance(create("mine", Rendezvous(), CPU), Solo)
 
 
 def test_solo_refuses_more_than_one_rank() -> None:

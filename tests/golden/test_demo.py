@@ -18,6 +18,7 @@ from qtp.tokenizer import Tokenizer
 DEMO = Path(qtp.__file__).parent / "demo"
 NAMES = ("dense", "moe")
 TOKENS = 200
+PROMPT = "def _integer_sqrt_of_frac"
 WORLD_SIZES = (1, 2, 3, 4)
 
 Refer = Callable[[str], Reference]
@@ -30,14 +31,14 @@ def _held_out(name: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def refer_to() -> Refer:
-    """The Reference of a demo checkpoint, which continues the first function of the held-out text; made once."""
+    """The Reference of a demo checkpoint, which continues 200 tokens of the held-out text from PROMPT on; made once."""
     made: dict[str, Reference] = {}
 
     def get(name: str) -> Reference:
         if name not in made:
             text = (DEMO / "held_out.txt").read_text(encoding="utf-8")
-            prompt = Tokenizer(DEMO / name).encode(text[text.index("\ndef ") + 1 :])[:200]
-            made[name] = refer(DEMO / name, prompt, TOKENS, distinct=1, least_margin=1e-4)
+            prompt = Tokenizer(DEMO / name).encode(text[text.index(PROMPT) :])[:200]
+            made[name] = refer(DEMO / name, prompt, TOKENS, distinct=8, least_margin=1e-4)
         return made[name]
 
     return get

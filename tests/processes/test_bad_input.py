@@ -6,6 +6,7 @@ Most cases run the command's own `main` in this process; the last ones start rea
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -111,6 +112,8 @@ def test_tensor_of_the_wrong_shape(capfd: pytest.CaptureFixture[str], model: Pat
         ({"num_hidden_layers": None}, "num_hidden_layers"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"hidden_act": "gelu"}, "gelu"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantized checkpoints are not supported yet"),
+        ({"dtype": None, "torch_dtype": None}, "give --dtype"),
     ],
 )
 def test_config_that_is_not_supported(
@@ -120,6 +123,35 @@ def test_config_that_is_not_supported(
     line = refused(capfd, "--model", model, *IDS)
     assert named in line
     assert "config.json" in line
+
+
+def test_a_rank_that_never_comes_is_one_line(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    assert run_pa.main(["--model", str(DENSE), "--timeout", "1", *IDS]) == 1
+    err = capfd.readouterr().err
+    assert "error: ranks [1] did not join within 1 s" in err
+    assert "Traceback" not in err
+
+
+def test_a_rank_with_another_model_is_named(model: Path) -> None:
+    edit_config(model, rms_norm_eps=1e-4)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = []
+    for rank, folder in enumerate((DENSE, model)):
+        environment = {**os.environ, **launched, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        argv = [sys.executable, "-m", "qtp.run_pa", "--model", str(folder), *IDS]
+        ranks.append(subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT))
+    (out, err), _ = (process.communicate(timeout=120) for process in ranks)
+    assert out == ""
+    assert ranks[0].returncode == 2
+    assert "error: rank 1: its checkpoint or its settings differ from those of rank 0" in err
+    assert "Traceback" not in err
 
 
 def test_config_that_is_not_json(capfd: pytest.CaptureFixture[str], model: Path) -> None:
@@ -166,6 +198,17 @@ def test_config_that_is_not_json(capfd: pytest.CaptureFixture[str], model: Path)
         (["--sp", "2"], "sequence parallelism is not supported yet"),
         (["--cp", "2"], "context parallelism is not supported yet"),
         (["--output", "/nowhere/at/all.jsonl"], "its folder does not exist"),
+        (["--output", "/proc/answers.jsonl"], "/proc/answers.jsonl: cannot be written"),
+        (["--output", "/"], "is a folder"),
+        (["--is_chat_model", "--chat_template", "/nowhere/x.jinja"], "neither a file nor a jinja template"),
+        (["--is_chat_model", "--chat_template", "{{ 1 / 0 }}"], "ZeroDivisionError"),
+        (["--chat_template", "{{ messages }}"], "add --is_chat_model"),
+        (["--num_kv_blocks", "1000000000"], "KV blocks need"),
+        (["--timeout", "inf"], "timeout inf must be a number above 0"),
+        (["--input_texts", "\udcff"], "is not valid UTF-8"),
+        (["--input_dict", "[" * 100_000], "--input_dict is not valid JSON"),
+        (["--max_prefill_tokens", "0"], "--max_prefill_tokens 0"),
+        (["--communicator", "solo", "--tp", "2"], "'solo' serves one rank, not tp 2"),
         (["--no_such_flag"], "--no_such_flag"),
         (["--tp", "two"], "--tp"),
     ],

@@ -114,8 +114,8 @@ def test_output_and_statistics_files(capfd: pytest.CaptureFixture[str], tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "times.csv"]
     rows = list(csv.DictReader(times.open()))
     assert [(row["batch_size"], row["input_seq_len"], row["output_seq_len"]) for row in rows] == [
-        ("2", "3", "20"),
-        ("2", "2", "20"),
+        ("1", "3", "20"),
+        ("1", "2", "20"),
     ]
     assert all(float(row["e2e_time(ms)"]) > float(row["prefill_time(ms)"]) > 0 for row in rows)
 
@@ -134,6 +134,25 @@ def test_a_stop_text_ends_the_stream_before_it(capfd: pytest.CaptureFixture[str]
     whole = expected[TEXTS[0]]
     stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
     assert answers(run(capfd, "--input_texts", TEXTS[0], "--stop", stop)) == {0: whole[: whole.index(stop)]}
+
+
+def test_a_long_text_beyond_ascii_is_no_path(capfd: pytest.CaptureFixture[str]) -> None:
+    assert "Generate[0] token num: (0, 3)" in run(capfd, "--input_texts", "深度学习是什么" * 14, "--max_output_length", 3)
+
+
+def test_an_llm_that_is_never_closed_ends_well_under_torchrun(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from qtp import LLM, SamplingParams\n"
+        f"llm = LLM({str(DENSE)!r}, tp=2)\n"
+        "print(len(llm.generate([[5, 6]], SamplingParams(max_tokens=3))[0].outputs[0].token_ids), 'tokens')\n"
+    )
+    torchrun = Path(sys.executable).parent / "torchrun"
+    done = subprocess.run(
+        [torchrun, "--standalone", "--nproc-per-node", "2", script], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "3 tokens\n"
 
 
 def test_remote_code_flag_is_accepted_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -103,7 +103,7 @@ def test_both_words_at_once_are_those_that_transformers_writes() -> None:
 
 def test_defaults() -> None:
     config = read()
-    assert (config.rope, config.dtype, config.qkv_bias) == (RopeConfig(theta=10000.0), "bfloat16", True)
+    assert (config.rope, config.dtype, config.qkv_bias) == (RopeConfig(theta=10000.0), None, True)
     assert read(MOE, qkv_bias=False).qkv_bias is False
     few = {key: BASE[key] for key in BASE if key not in ("rms_norm_eps", "tie_word_embeddings", "num_key_value_heads")}
     config = ModelConfig.from_dict(few)
@@ -117,6 +117,25 @@ def test_sparse_layers_are_those_of_the_rule(step: int, dense: list[int] | None)
     assert config.moe.layers == {i for i in range(6) if not (i in (dense or []) or (i + 1) % step)}
     assert (config.moe.num_experts, config.moe.top_k, config.moe.norm_topk_prob) == (5, 2, True)
     assert (config.moe.expert_intermediate_size, config.moe.shared_intermediate_size) == (24, 48)
+
+
+def test_rope_scaling_that_a_user_added_wins_over_rope_parameters() -> None:
+    parameters = {"rope_theta": 1e6, "rope_type": "default"}
+    added = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = read(rope_parameters=parameters, rope_scaling=added)
+    assert (config.rope.theta, config.rope.factor, config.rope.original_max_position) == (1e6, 4.0, 32768)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "quantize", "quantization"])
+def test_a_quantized_checkpoint_is_refused_as_such(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"{key} is set; quantized checkpoints are not supported yet"):
+        read(**{key: {"quant_method": "gptq"}})
+
+
+@pytest.mark.parametrize("key", ["tie_word_embeddings", "qkv_bias", "use_sliding_window"])
+def test_a_switch_that_is_no_boolean_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"{key} is 'false'; true or false is needed"):
+        read(**{key: "false"})
 
 
 def test_a_moe_without_experts_is_dense() -> None:

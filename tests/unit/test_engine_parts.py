@@ -184,7 +184,7 @@ BAD: list[tuple[str, Any]] = [
     *(("logprobs", v) for v in (-2, 1.5, True, "all")),
     *(("prompt_logprobs", v) for v in (-2, 0.0, False)),
     *(("stop", v) for v in ("", [""], ["a", ""], [3], ["a", None], 3, b"x")),
-    *(("stop_token_ids", v) for v in (["a"], [1.0], [None], 7, None)),
+    *(("stop_token_ids", v) for v in (["a"], [1.0], [None], 7)),
 ]
 
 

@@ -254,3 +254,21 @@ def test_a_sequence_that_no_worker_knows_is_not_dropped() -> None:
     assert (plan.dropped, plan.chunks, plan.step) == ((0,), (), 2)
     assert scheduler.drop_plan() is None
     assert not scheduler.has_work
+
+
+def test_few_blocks_do_not_make_sequences_start_over_again_and_again() -> None:
+    """Two requests that do not fit together: the second waits until its prompt fits, instead of prefilling in vain beside the
+    first. At most three times the tokens of a pool with room for both are computed; admitting by the first chunk took 20."""
+    computed = {}
+    for blocks in (1000, 250, 200):
+        engine, workers = setting(blocks=blocks, block_size=16, seqs=4, budget=256)
+        for start in (1, 2):
+            engine.add([start] * 2000, SamplingParams(max_tokens=500, ignore_eos=True))
+        computed[blocks] = 0
+        while engine.has_work:
+            before = {i: known.computed for i, known in workers.known.items()}
+            engine.step()
+            computed[blocks] += sum(max(0, known.computed - before.get(i, 0)) for i, known in workers.known.items())
+    assert computed[1000] >= 4900
+    assert computed[250] <= 3 * computed[1000]
+    assert computed[200] <= 3 * computed[1000]

@@ -12,14 +12,19 @@ from pathlib import Path
 
 import pytest
 
+from launch.local import new_token
 from launch.watch import RankDied
-from qtp.wire.channel import MAX_FRAME, MAX_HELLO, Closed, QueueLeader, SocketFollower, SocketLeader, new_token
+from qtp.wire.channel import MAX_FRAME, MAX_HELLO, Closed, QueueLeader, SocketFollower, SocketLeader
 from qtp.wire.codec import encode
 from qtp.wire.messages import Chunk, Failure, Hello, Ready, StepPlan, Stop
 
 HOST = "127.0.0.1"
 TOKEN = "0123456789abcdef"
 PLAN = StepPlan(step=3, dropped=(4, 5), chunks=(Chunk(seq_id=1, start=0, count=2, sample=True, appended=(7, 8)),))
+
+
+def introduce(rank: int, pid: int, token: str = TOKEN, fingerprint: str = "") -> Hello:
+    return Hello(rank=rank, host=socket.gethostname(), pid=pid, token=token, fingerprint=fingerprint)
 
 
 class Meeting:
@@ -39,7 +44,7 @@ class Meeting:
             self.error.append(error)
 
     def follower(self, rank: int, token: str = TOKEN) -> SocketFollower:
-        follower = SocketFollower(HOST, self.leader.port, rank, 4000 + rank, token, 10.0)
+        follower = SocketFollower(HOST, self.leader.port, introduce(rank, 4000 + rank, token), 10.0)
         follower._socket.settimeout(30.0)  # a test must not hang
         self.closers.append(follower.close)
         return follower
@@ -114,7 +119,7 @@ def test_ready_times_out_naming_who_is_missing(meet: Callable[[int], Meeting]) -
 
 def test_accept_times_out_naming_who_is_missing() -> None:
     leader = SocketLeader(HOST, 4, TOKEN)
-    follower = SocketFollower(HOST, leader.port, 2, 1, TOKEN, 10.0)
+    follower = SocketFollower(HOST, leader.port, introduce(2, 1), 10.0)
     with pytest.raises(TimeoutError, match=r"ranks \[1, 3\] did not join the control channel within 0.3 s"):
         leader.accept(0.3)
     leader.close()
@@ -225,8 +230,9 @@ def test_a_closed_follower_is_a_death(meet: Callable[[int], Meeting]) -> None:
 def test_a_killed_process_is_a_death_with_its_pid(meet: Callable[[int], Meeting]) -> None:
     meeting = meet(2)
     code = (
-        "import os, sys, time; from qtp.wire.channel import SocketFollower; "
-        f"f = SocketFollower({HOST!r}, {meeting.leader.port}, 1, os.getpid(), {TOKEN!r}, 10.0); "
+        "import os, socket; from qtp.wire.channel import SocketFollower; from qtp.wire.messages import Hello; "
+        f"h = Hello(rank=1, host=socket.gethostname(), pid=os.getpid(), token={TOKEN!r}); "
+        f"f = SocketFollower({HOST!r}, {meeting.leader.port}, h, 10.0); "
         "f.receive(); os.kill(os.getpid(), 9)"
     )
     child = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
@@ -302,11 +308,25 @@ def test_a_follower_refuses_a_bad_frame(data: bytes, meet: Callable[[int], Meeti
         follower.receive()
 
 
+def test_a_rank_with_another_model_is_the_users_mistake() -> None:
+    leader = SocketLeader(HOST, 3, TOKEN, "one model")
+    accepting = threading.Thread(target=leader.accept, args=(30.0,), daemon=True)
+    accepting.start()
+    same = SocketFollower(HOST, leader.port, introduce(1, 7, fingerprint="one model"), 10.0)
+    other = SocketFollower(HOST, leader.port, introduce(2, 8, fingerprint="another"), 10.0)
+    with pytest.raises(RankDied, match=r"rank 2 .*pid 8\): its checkpoint or its settings differ from those of rank 0") as caught:
+        leader.ready(30.0)
+    assert caught.value.user_error
+    accepting.join(30.0)
+    for end in (same, other, leader):
+        end.close()
+
+
 def test_no_leader_is_said_in_one_line() -> None:
     with socket.create_server((HOST, 0)) as unused:
         port = unused.getsockname()[1]
     with pytest.raises(Closed, match=rf"rank 0 at {HOST}:{port} cannot be reached"):
-        SocketFollower(HOST, port, 1, os.getpid(), TOKEN, 5.0)
+        SocketFollower(HOST, port, introduce(1, os.getpid()), 5.0)
 
 
 def test_a_lone_leader_has_nobody_to_wait_for() -> None:
