@@ -15,7 +15,7 @@ demo: .venv/ready
 	    --input_texts "def mean(data):" "class Path:"
 
 test: .venv/ready
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --dist loadfile
 
 lint: .venv/ready
 	.venv/bin/ruff check .

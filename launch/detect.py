@@ -1,4 +1,4 @@
-"""Which launcher started this process, if any: the only reader of its environment variables."""
+"""Which launcher started this process, if any: the only reader of what it says in the environment."""
 
 import os
 from collections.abc import Mapping
