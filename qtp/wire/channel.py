@@ -28,40 +28,6 @@ class Closed(Exception):
     """The other end of the channel is gone."""
 
 
-class Leader(ABC):
-    """Rank 0's end."""
-
-    @abstractmethod
-    def send(self, message: Message) -> None:
-        """To every other rank. RankDied if one is gone."""
-
-    @abstractmethod
-    def ready(self, timeout: float | None = None) -> list[Ready]:
-        """Waits until every other rank is ready; RankDied with the first failure otherwise. Reading weights may take its
-        time, so there is no limit by default; TimeoutError naming the missing ranks if there is one."""
-
-    @abstractmethod
-    def failure(self, wait: float) -> RankDied | None:
-        """The first death or failure that a rank reported, waiting up to `wait` seconds for one to arrive."""
-
-    @abstractmethod
-    def close(self) -> None: ...
-
-
-class Follower(ABC):
-    """Any other rank's end."""
-
-    @abstractmethod
-    def send(self, message: Message) -> None: ...
-
-    @abstractmethod
-    def receive(self) -> Message:
-        """Blocks for the next message. Closed if rank 0 is gone."""
-
-    @abstractmethod
-    def close(self) -> None: ...
-
-
 class _Inbox:
     """What the followers told rank 0: who is ready, and the first failure."""
 
@@ -104,12 +70,56 @@ class _Inbox:
             return self.failed[0] if self.failed else None
 
 
+class Leader(ABC):
+    """Rank 0's end, for `size` - 1 followers."""
+
+    def __init__(self, size: int) -> None:
+        self._inbox = _Inbox(size)
+
+    def send(self, message: Message) -> None:
+        """To every other rank. RankDied if one is gone."""
+        self._deliver(encode(message))
+        death = self._inbox.failure(0)
+        if death is not None:
+            raise death
+
+    def ready(self, timeout: float | None = None) -> list[Ready]:
+        """Waits until every other rank is ready; RankDied with the first failure otherwise. Reading weights may take its
+        time, so there is no limit by default; TimeoutError naming the missing ranks if there is one."""
+        return self._inbox.ready(timeout)
+
+    def failure(self, wait: float) -> RankDied | None:
+        """The first death or failure that a rank reported, waiting up to `wait` seconds for one to arrive."""
+        return self._inbox.failure(wait)
+
+    @abstractmethod
+    def _deliver(self, frame: bytes) -> None:
+        """Sends one encoded message to every follower; whom it does not reach is noted as lost."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class Follower(ABC):
+    """Any other rank's end."""
+
+    @abstractmethod
+    def send(self, message: Message) -> None: ...
+
+    @abstractmethod
+    def receive(self) -> Message:
+        """Blocks for the next message. Closed if rank 0 is gone."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
 class SocketLeader(Leader):
     """Listens on `address`, on a port of the system's choice, for `size` - 1 followers that know `token`. A follower whose
     `fingerprint` is another has failed, by a mistake of the user's: it was started with another model or other settings."""
 
     def __init__(self, address: str, size: int, token: str, fingerprint: str = "") -> None:
-        self._inbox = _Inbox(size)
+        super().__init__(size)
         self._fingerprint = fingerprint
         self._token = token
         self._listener = socket.create_server((address, 0), family=_family(address), backlog=max(size, 16))
@@ -136,22 +146,12 @@ class SocketLeader(Leader):
         for stranger in list(self._strangers):
             _shut(stranger)
 
-    def send(self, message: Message) -> None:
-        frame = encode(message)
+    def _deliver(self, frame: bytes) -> None:
         for hello, peer in self._peers.values():
             try:
                 peer.sendall(_LENGTH.pack(len(frame)) + frame)
             except OSError:
                 self._inbox.lost(hello, LOST)
-        death = self._inbox.failure(0)
-        if death is not None:
-            raise death
-
-    def ready(self, timeout: float | None = None) -> list[Ready]:
-        return self._inbox.ready(timeout)
-
-    def failure(self, wait: float) -> RankDied | None:
-        return self._inbox.failure(wait)
 
     def close(self) -> None:
         self._listener.close()
@@ -231,22 +231,12 @@ class QueueLeader(Leader):
     """Followers in threads of this process; messages are encoded as on a socket."""
 
     def __init__(self, size: int) -> None:
-        self._inbox = _Inbox(size)
+        super().__init__(size)
         self.followers = [QueueFollower(rank, self._inbox) for rank in range(1, size)]
 
-    def send(self, message: Message) -> None:
-        frame = encode(message)
+    def _deliver(self, frame: bytes) -> None:
         for follower in self.followers:
             follower.frames.put(frame)
-        death = self._inbox.failure(0)
-        if death is not None:
-            raise death
-
-    def ready(self, timeout: float | None = None) -> list[Ready]:
-        return self._inbox.ready(timeout)
-
-    def failure(self, wait: float) -> RankDied | None:
-        return self._inbox.failure(wait)
 
     def close(self) -> None:
         for follower in self.followers:

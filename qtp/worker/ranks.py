@@ -10,7 +10,8 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -97,14 +98,13 @@ class Ranks:
         self._threads = []
 
     def _start(self, config: EngineConfig, model: ModelConfig, rendezvous: Rendezvous, progress: Progress) -> None:
-        check = lambda: None  # noqa: E731
         if config.communicator == "loopback":
             self._start_threads(config, model)
         else:
             if rendezvous.size < config.tp:
                 argv = [sys.executable, "-m", "qtp.worker", json.dumps(asdict(config))]
                 rendezvous, self._children = local.start(config.tp, argv, config.timeout)
-                check = self._children.check
+            check = self._children.check if self._children is not None else lambda: None
             use_threads(config, rendezvous)
             self._comm = run_while(lambda: communicator(config, rendezvous), check)
             if config.tp > 1:
@@ -130,33 +130,24 @@ class Ranks:
             self._threads.append(thread)
         self._comm, self._channel = comms[0], channel
 
-    def _naming_the_cause(self) -> "_Naming":
-        return _Naming(self)
+    @contextmanager
+    def _naming_the_cause(self) -> Iterator[None]:
+        """Turns a failed collective into the death that caused it, if another rank tells or shows one."""
+        try:
+            yield
+        except (RankDied, CollectiveError):
+            death = self._death()
+            if death is None:
+                raise
+            raise (ValueError(f"rank {death.rank}: {death.cause}") if death.user_error else death) from None
 
-    def cause(self) -> RankDied | None:
+    def _death(self) -> RankDied | None:
         """The first death among the other ranks that can be found out within a few seconds, if any. How a child ended says
         more than that its connection was lost; what it told itself says most."""
         death = self._channel.failure(_WAIT_FOR_CAUSE) if self._channel is not None else None
         if self._children is not None and death is not None and death.cause == LOST:
             return self._children.death(death.rank, _WAIT_FOR_CAUSE) or death
         return death
-
-
-class _Naming:
-    """Turns a failed collective into the death that caused it, if another rank tells or shows one."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        death: RankDied | None = None
-        if isinstance(error, RankDied | CollectiveError):
-            death = self._ranks.cause()
-        if death is not None:
-            raise (ValueError(f"rank {death.rank}: {death.cause}") if death.user_error else death) from None
 
 
 def communicator(config: EngineConfig, rendezvous: Rendezvous) -> Communicator:
