@@ -11,7 +11,7 @@ PY := .venv/bin/python
 	touch $@
 
 demo: .venv/ready
-	.venv/bin/torchrun --standalone --nproc-per-node 2 -m qtp.run_pa --model qtp/demo/dense --tp 2 --max_output_length 48 \
+	.venv/bin/torchrun --standalone --nproc-per-node 2 -m qtp.run_pa --model qtp/demo/dense --tp 2 --max_batch_size 2 --max_output_length 48 \
 	    --input_texts "def mean(data):" "class Path:"
 
 test: .venv/ready

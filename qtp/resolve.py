@@ -121,23 +121,20 @@ def describe(config: EngineConfig, model: ModelConfig) -> list[str]:
     grid = config.grid()
     rows = shares(model, grid, config.dtype)
     weights = [row.weight_bytes for row in rows]
+    experts = f" (moe_ep {grid.moe_ep}, moe_tp {grid.moe_tp})" if model.moe is not None else ""
+    kv = (config.num_kv_blocks or 0) * _block_bytes(config, model, grid) / 2**20
     head = (
-        f"tp {config.tp} (moe_ep {grid.moe_ep}, moe_tp {grid.moe_tp}), {config.dtype} on {config.device}, communicator "
-        f"{config.communicator}, {config.num_kv_blocks} KV blocks of {config.block_size} tokens "
-        f"({_kv_mib(config, model, grid):.1f} MiB on the fullest rank), "
-        f"context {config.max_model_len}"
+        f"tp {config.tp}{experts}, {config.dtype} on {config.device}, communicator {config.communicator}, {config.num_kv_blocks} "
+        f"KV blocks of {config.block_size} tokens ({kv:.1f} MiB on the fullest rank), context {config.max_model_len}"
     )
     waste = f"the fullest rank holds {max(weights) * len(weights) / sum(weights):.2f} times the mean"
-    return [head, *map(_row, rows), waste]
+    return [head, *(_row(row, model.moe is not None) for row in rows), waste]
 
 
-def _kv_mib(config: EngineConfig, model: ModelConfig, grid: Grid) -> float:
-    return (config.num_kv_blocks or 0) * _block_bytes(config, model, grid) / 2**20
-
-
-def _row(s: RankShare) -> str:
+def _row(s: RankShare, sparse: bool) -> str:
     return (
         f"rank {s.rank}: query heads {s.query_heads.start}-{s.query_heads.stop - 1}, "
-        f"KV heads {s.kv_heads.start}-{s.kv_heads.stop - 1}, {s.mlp_columns} columns, {s.experts} experts, "
-        f"{s.weight_bytes / 2**20:.1f} MiB weights, {s.kv_bytes_per_token} KV bytes a token"
+        f"KV heads {s.kv_heads.start}-{s.kv_heads.stop - 1}, {s.mlp_columns} columns, "
+        f"{f'{s.experts} experts, ' if sparse else ''}{s.weight_bytes / 2**20:.1f} MiB weights, "
+        f"{s.kv_bytes_per_token} KV bytes a token"
     )
