@@ -148,6 +148,7 @@ class EngineConfig:
 
     max_num_seqs: sequences in a step; max_prefill_seqs: those among them that may start in one step;
     max_num_batched_tokens: tokens in a step (the budget of chunked prefill);
+    max_model_len: tokens of prompt and output together; max_position_embeddings: the limit of these, in place of the model's;
     num_kv_blocks: blocks of block_size tokens in each rank's KV cache; timeout: seconds a collective may take.
     """
 
@@ -163,6 +164,7 @@ class EngineConfig:
     max_prefill_seqs: int | None = None
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None
+    max_position_embeddings: int | None = None
     num_kv_blocks: int | None = None
     kv_cache_gib: float = 4.0
     vocab_limit: int | None = None
@@ -173,7 +175,7 @@ class EngineConfig:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("max_model_len", "max_prefill_seqs", "num_kv_blocks", "threads"):
+        for name in ("max_model_len", "max_position_embeddings", "max_prefill_seqs", "num_kv_blocks", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value} must be at least 1")

@@ -43,8 +43,8 @@ class LLM:
     arguments; there the constructor serves rank 0 on every other rank and then leaves the process (SystemExit), so that
     the code after it runs once, and a launch can construct one LLM only. A step that is interrupted or fails ends the LLM.
 
-    Arguments: as EngineConfig. load_tokenizer False: token ids in, token ids out. max_position_embeddings replaces the
-    config's. Raises ValueError for the user's mistakes before any weight is read, RankDied when a rank is gone.
+    Arguments: as EngineConfig. load_tokenizer False: token ids in, token ids out. Raises ValueError for the user's mistakes
+    before any weight is read, RankDied when a rank is gone.
     """
 
     def __init__(
@@ -53,11 +53,10 @@ class LLM:
         tp: int = -1,
         *,
         load_tokenizer: bool = True,
-        max_position_embeddings: int | None = None,
         progress: bool = False,
         **choices: Any,
     ) -> None:
-        config, model_config = prepare(EngineConfig(model=model, tp=tp, **choices), max_position_embeddings)
+        config, model_config = prepare(EngineConfig(model=model, tp=tp, **choices))
         tokenizer = Tokenizer(Path(config.model)) if load_tokenizer else None
         self._begin(config, model_config, tokenizer, progress)
 
@@ -194,16 +193,11 @@ def _advance(bar: "tqdm[Any]", count: int) -> None:
     bar.update(count)
 
 
-def prepare(config: EngineConfig, max_position_embeddings: int | None = None) -> tuple[EngineConfig, ModelConfig]:
+def prepare(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
     """Everything that can be settled and refused before a rank is started: the folder, the model's config, all open choices,
     and that the weight files hold every tensor of the model. Reads headers only. The same on every rank."""
     folder = folder_of(config.model)
     model = ModelConfig.load(folder)
-    if max_position_embeddings is not None:
-        if max_position_embeddings < 1:
-            raise ValueError(f"max_position_embeddings {max_position_embeddings} must be at least 1")
-        model = replace(model, max_position=max_position_embeddings)
-        config = replace(config, max_model_len=min(config.max_model_len or max_position_embeddings, max_position_embeddings))
     world_size = detect(config.timeout).size
     config = resolve(replace(config, model=str(folder)), model, world_size, cuda=torch.cuda.is_available())
     _check_communicator(config, world_size)

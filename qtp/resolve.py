@@ -73,7 +73,7 @@ def resolve(config: EngineConfig, model: ModelConfig, world_size: int, *, cuda: 
         raise ValueError(
             f"moe_ep {config.moe_ep} is more than the {model.moe.num_experts} experts; use {model.moe.num_experts} or less"
         )
-    limit = context_limit(model)
+    limit = config.max_position_embeddings or context_limit(model)
     length = config.max_model_len or limit
     if length > limit:
         raise ValueError(f"max_model_len {length} is beyond the {limit} positions of this model; lower it to {limit} or less")

@@ -161,9 +161,9 @@ def command(argv: list[str] | None) -> int:
             max_prefill_seqs=args.max_prefill_batch_size,
             num_kv_blocks=args.num_kv_blocks,
             threads=args.threads,
+            max_position_embeddings=args.max_position_embeddings,
             timeout=args.timeout,
-        ),
-        args.max_position_embeddings,
+        )
     )
     tokenizer = Tokenizer(Path(config.model)) if args.load_tokenizer else None
     prompts = read_prompts(args, tokenizer)

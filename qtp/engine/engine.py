@@ -146,7 +146,7 @@ class Engine:
             self.scheduler.finish(s)
 
     def _end_if_due(self, s: Sequence, token: int) -> None:
-        params, produced = s.request.params, len(s.output_ids)
+        params, produced = s.request.params, len(s.tokens) - len(s.request.prompt_ids)
         ends = token in s.request.stop_ids and produced >= params.min_tokens
         full = len(s.tokens) >= s.request.max_len
         if s.detokenizer is not None:

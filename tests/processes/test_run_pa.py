@@ -173,6 +173,16 @@ def test_every_start_gives_the_same_tokens(start: list[str], tmp_path: Path) -> 
         theirs = llm.generate([[5, 6, 7], [9, 8]], SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
     program = [str(Path(sys.executable).parent / start[0]), *start[1:]] if start[0] == "torchrun" else start
     flags = ["--dtype", "float32", "--input_ids", "5,6,7", "9,8", "--max_output_length", "24", "--ignore_eos"]
+    flags += [
+        "--max_position_embeddings",
+        "100",
+        "--max_prefill_batch_size",
+        "1",
+        "--max_prefill_tokens",
+        "2",
+        "--block_size",
+        "5",
+    ]
     out = tmp_path / "out.jsonl"
     command = [*program, "--model", str(MOE), *flags, "--output", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
