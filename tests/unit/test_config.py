@@ -11,6 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qtp.config import EngineConfig, ModelConfig, RopeConfig
 from qtp.layers.rope import inverse_frequencies
+from qtp.resolve import resolve
 
 BASE: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -325,3 +326,12 @@ def test_more_ranks_than_heads_are_refused() -> None:
 def test_engine_config_refuses(words: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig(model="x", **words)
+
+
+def test_a_limit_of_positions_lowers_and_raises_that_of_a_yarn_model() -> None:
+    model = read(rope_scaling={**YARN, "type": "yarn"})
+    for asked, settled in ((None, 4096), (100, 100), (9000, 9000)):
+        config = resolve(EngineConfig(model="m", dtype="float32", max_position_embeddings=asked), model, 1, cuda=False)
+        assert config.max_model_len == settled
+    with pytest.raises(ValueError, match="max_model_len 101 is beyond the 100 positions"):
+        resolve(EngineConfig(model="m", dtype="float32", max_model_len=101, max_position_embeddings=100), model, 1, cuda=False)
