@@ -57,6 +57,11 @@ class Communicator(ABC):
         among them. Every rank of this communicator must call it."""
 
     @abstractmethod
+    def abort(self) -> None:
+        """Called from another thread: a collective that this rank is in, or enters later, raises CollectiveError within a
+        second instead of waiting for its peers, where the backend can (mpi cannot). Harmless when repeated or closed."""
+
+    @abstractmethod
     def close(self) -> None:
         """Releases sockets, threads and memory. Harmless when repeated."""
 

@@ -70,6 +70,9 @@ class Loopback(Communicator):
             child = self._meeting.children.setdefault(key, _Meeting(len(chosen), self._meeting.timeout))
         return Loopback(child, chosen.index(self.rank), self.device) if self.rank in chosen else None
 
+    def abort(self) -> None:
+        self._meeting.barrier.abort()
+
     def close(self) -> None:
         self._meeting.barrier.abort()
 

@@ -38,6 +38,9 @@ class Solo(Communicator):
         check_ranks(ranks, 1)
         return Solo(self.device)
 
+    def abort(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

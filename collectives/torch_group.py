@@ -5,6 +5,7 @@ hold several communicators.
 """
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from collectives.network import own_address
 from collectives.rendezvous import Rendezvous
 
 _SOURCE = re.compile(r"^\[[^\]]*:\d+\] *")  # where in the library's source it was raised
+_SLICE = timedelta(seconds=0.25)
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -36,13 +38,15 @@ class Backend:
     """What differs between the process groups of torch.
 
     group(store, rank, size, rendezvous) builds one; device_type is where its tensors live; half_sum says whether it sums
-    half precision well by itself (otherwise the sum is done in float32); scatters: has reduce_scatter and all_to_all.
+    half precision well by itself (otherwise the sum is done in float32); scatters: has reduce_scatter and all_to_all; blocks:
+    waiting for its work blocks the process, not a stream of the device.
     """
 
     name: str
     device_type: str
     half_sum: bool
     scatters: bool
+    blocks: bool
     group: Callable[[Any, int, int, Rendezvous], Any]
 
 
@@ -53,6 +57,7 @@ class TorchGroup(Communicator):
         self.rank, self.size, self.device = rank, size, device
         self._backend, self._store, self._rendezvous = backend, store, rendezvous
         self._splits = 0
+        self._aborted = threading.Event()
         self._group = backend.group(store, rank, size, rendezvous)
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -123,6 +128,12 @@ class TorchGroup(Communicator):
         store = dist.PrefixStore(f"split/{self._splits}/{'-'.join(map(str, chosen))}", self._store)
         return TorchGroup(self._backend, store, chosen.index(self.rank), len(chosen), self._rendezvous, self.device)
 
+    def abort(self) -> None:
+        group = self._group
+        self._aborted.set()
+        if group is not None and not self._backend.blocks:
+            group.abort()
+
     def close(self) -> None:
         self._group = None
         self._store = None
@@ -132,8 +143,22 @@ class TorchGroup(Communicator):
             raise CollectiveError(f"{self._backend.name}: the communicator is closed")
         with _as_collective_error(self._backend.name):
             work = start()
-            if work is not None:
+            if self._backend.blocks:
+                self._wait(work)
+            elif work is not None:
                 work.wait()
+
+    def _wait(self, work: Any) -> None:
+        """Waits for `work` in slices, so that an abort, or Ctrl-C, is noticed while peers are late."""
+        while True:
+            if self._aborted.is_set():
+                raise CollectiveError(f"{self._backend.name}: the communicator was aborted")
+            try:
+                work.wait(_SLICE)
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    raise
 
 
 @contextmanager
@@ -189,8 +214,8 @@ def _nccl_group(store: Any, rank: int, size: int, rendezvous: Rendezvous) -> Any
     return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
-GLOO = Backend(name="gloo", device_type="cpu", half_sum=False, scatters=False, group=_gloo_group)
-NCCL = Backend(name="nccl", device_type="cuda", half_sum=True, scatters=True, group=_nccl_group)
+GLOO = Backend(name="gloo", device_type="cpu", half_sum=False, scatters=False, blocks=True, group=_gloo_group)
+NCCL = Backend(name="nccl", device_type="cuda", half_sum=True, scatters=True, blocks=False, group=_nccl_group)
 
 
 def gloo(rendezvous: Rendezvous, device: torch.device) -> Communicator:
