@@ -13,8 +13,13 @@ Factory = Callable[[Rendezvous, torch.device], Communicator]
 
 _FACTORIES: dict[str, str] = {
     "solo": "collectives.solo:create",
+    "shm": "collectives.shm:create",
     "gloo": "collectives.torch_group:gloo",
+    "mpi": "collectives.mpi:create",
+    "hierarchical": "collectives.hierarchical:over_gloo",
+    "hierarchical+mpi": "collectives.hierarchical:over_mpi",
     "nccl": "collectives.torch_group:nccl",
+    "hccl": "collectives.torch_group:hccl",
 }
 
 

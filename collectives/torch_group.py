@@ -4,6 +4,7 @@ Process groups are built directly, not through the process-wide default group, s
 hold several communicators.
 """
 
+import itertools
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,8 @@ from collectives.communicator import (
 )
 from collectives.network import own_address
 from collectives.rendezvous import Rendezvous
+
+Exchange = Callable[[bytes], list[bytes]]
 
 _SOURCE = re.compile(r"^\[[^\]]*:\d+\] *")  # where in the library's source it was raised
 _SLICE = timedelta(seconds=0.25)
@@ -174,10 +177,11 @@ def _as_collective_error(name: str) -> Iterator[None]:
         raise CollectiveError(f"{name}: {told}") from None
 
 
-def _join(rendezvous: Rendezvous) -> Any:
-    """The store that all ranks share, once all of them are there. CollectiveError naming the missing ranks otherwise."""
+def join(rendezvous: Rendezvous, backend: str) -> Any:
+    """The store that all ranks share, once all of them are there. CollectiveError naming the missing ranks otherwise; ValueError
+    on every rank if the names of their backends differ."""
     timeout = timedelta(seconds=rendezvous.timeout)
-    serves = rendezvous.rank == 0 and not rendezvous.served
+    serves = _serves(rendezvous)
     with _as_collective_error("store"):
         store = dist.TCPStore(
             rendezvous.address,
@@ -195,7 +199,41 @@ def _join(rendezvous: Rendezvous) -> Any:
         except RuntimeError:
             missing = [rank for rank in range(rendezvous.size) if not shared.check([f"here/{rank}"])]
             raise CollectiveError(f"ranks {missing} did not join within {rendezvous.timeout:g} s") from None
+    names = [name.decode() for name in _exchange_over(shared, "backend", rendezvous)(backend.encode())]
+    if any(name != backend for name in names):
+        told = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(names))
+        raise ValueError(f"ranks chose different communicators ({told}); give every rank the same one")
     return shared
+
+
+def exchange(rendezvous: Rendezvous, backend: str) -> Exchange:
+    """Joins the ranks and returns what gathers a small blob of each of them, in rank order, as often as all ranks call it."""
+    return _exchange_over(join(rendezvous, backend), "exchange", rendezvous)
+
+
+def _serves(rendezvous: Rendezvous) -> bool:
+    return rendezvous.rank == 0 and not rendezvous.served
+
+
+def _exchange_over(store: Any, name: str, rendezvous: Rendezvous) -> Exchange:
+    """The rank that serves the store is the last to leave each exchange, since it may end right after."""
+    turns = itertools.count()
+    timeout = timedelta(seconds=rendezvous.timeout)
+
+    def gather(blob: bytes) -> list[bytes]:
+        turn = next(turns)
+        keys = [f"{name}/{turn}/{rank}" for rank in range(rendezvous.size)]
+        done = [f"{key}/read" for key in keys]
+        with _as_collective_error("store"):
+            store.set(keys[rendezvous.rank], b"=" + blob)
+            store.wait(keys, timeout)
+            blobs = [bytes(store.get(key))[1:] for key in keys]
+            store.set(done[rendezvous.rank], b"1")
+            if _serves(rendezvous):
+                store.wait(done, timeout)
+        return blobs
+
+    return gather
 
 
 def _gloo_group(store: Any, rank: int, size: int, rendezvous: Rendezvous) -> Any:
@@ -218,11 +256,11 @@ GLOO = Backend(name="gloo", device_type="cpu", half_sum=False, scatters=False, b
 NCCL = Backend(name="nccl", device_type="cuda", half_sum=True, scatters=True, blocks=False, group=_nccl_group)
 
 
-def gloo(rendezvous: Rendezvous, device: torch.device) -> Communicator:
-    """Sockets between hosts and processes, for CPU tensors."""
-    return TorchGroup(GLOO, _join(rendezvous), rendezvous.rank, rendezvous.size, rendezvous, device)
+def gloo(rendezvous: Rendezvous, device: torch.device, *, chosen: str = "gloo") -> Communicator:
+    """Sockets between hosts and processes, for CPU tensors. chosen: what the user called it, where it is part of another one."""
+    return TorchGroup(GLOO, join(rendezvous, chosen), rendezvous.rank, rendezvous.size, rendezvous, device)
 
 
 def nccl(rendezvous: Rendezvous, device: torch.device) -> Communicator:
     """NVIDIA's library, for CUDA tensors; one rank a GPU. The caller has made `device` the current one."""
-    return TorchGroup(NCCL, _join(rendezvous), rendezvous.rank, rendezvous.size, rendezvous, device)
+    return TorchGroup(NCCL, join(rendezvous, "nccl"), rendezvous.rank, rendezvous.size, rendezvous, device)

@@ -15,6 +15,7 @@ from launch.detect import TOKEN
 from launch.watch import RankDied
 
 ADDRESS = "127.0.0.1"
+_LAST_MOMENT = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +40,26 @@ class LocalRanks:
             return None
         return RankDied(rank, socket.gethostname(), child.pid, f"ended with {_exit(code)}")
 
+    def kill(self, rank: int) -> None:
+        """Ends the child with `rank` at once, even one that is stopped."""
+        self.children[rank - 1].kill()
+
     def stop(self, grace: float) -> None:
-        """Leaves the children `grace` seconds, in all, to end by themselves, then kills the rest. None is left afterwards."""
+        """Leaves the children `grace` seconds, in all, to end by themselves, then kills the rest. None is left afterwards, not
+        even when this is interrupted."""
         deadline = time.monotonic() + grace
-        for child in self.children:
-            try:
-                child.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
+        try:
+            for child in self.children:
+                try:
+                    child.wait(max(0.0, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    child.kill()
+        finally:
+            for child in self.children:
                 child.kill()
                 child.wait()
-            if child.stdin is not None:
-                child.stdin.close()
+                if child.stdin is not None:
+                    child.stdin.close()
 
 
 def start(size: int, argv: Sequence[str], timeout: float) -> tuple[Rendezvous, LocalRanks]:
@@ -92,11 +102,12 @@ def new_token() -> str:
 
 
 def die_with_parent() -> None:
-    """In a child of `start`: ends this process at once when the parent is gone."""
+    """In a child of `start`: ends this process when the parent is gone, after a moment for its last words."""
 
     def wait() -> None:
         while os.read(0, 1):
             pass
+        time.sleep(_LAST_MOMENT)
         os._exit(1)
 
     threading.Thread(target=wait, name="parent-watch", daemon=True).start()

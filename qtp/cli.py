@@ -4,14 +4,17 @@ import argparse
 import io
 import logging
 import os
+import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from collectives.errors import CollectiveError
 from launch.detect import detect
-from launch.watch import RankDied
+from launch.signals import Interrupted, interrupting
+from launch.watch import RankDied, last_words
 
 _PATIENCE = 5.0
 
@@ -44,23 +47,27 @@ def boolean(text: str) -> bool:
 
 
 def run(command: Callable[[], int]) -> int:
-    """Runs a command and returns its exit code: 2 after a user's mistake, 1 after a death or when ranks or the system fail,
-    each told in one line on stderr; 130 after Ctrl-C; 141, as after SIGPIPE, when the reader of the output has gone."""
+    """Runs a command and returns its exit code: 2 after a user's mistake, 1 after a death or when ranks or the system fail, each
+    told in one line on stderr, after the traceback where the cause is a fault of the program; 130 after SIGINT, 143 after
+    SIGTERM; 141, as after SIGPIPE, when the reader of the output has gone."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # no answer is lost to a terminal that cannot show it
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        return command()
+        with interrupting():
+            return command()
     except ValueError as error:
         _say(f"error: {' '.join(str(error).splitlines())}")
         return 2
     except RankDied as death:
-        if death.details:
-            _say(death.details.rstrip())
-        _say(f"error: {death}")
+        last_words(death)
         return 1
+    except Interrupted as signal:
+        if detect().rank == 0:
+            print(f"ended by {signal}", file=sys.stderr)
+        return 128 + signal.signum
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
@@ -68,6 +75,14 @@ def run(command: Callable[[], int]) -> int:
         return 141
     except (CollectiveError, OSError) as error:
         _say(f"error: {' '.join(str(error).splitlines())}")
+        return 1
+    except Exception as error:
+        cause = f"{type(error).__name__}: {' '.join(str(error).splitlines())}"
+        rank = detect().rank
+        if rank == 0:
+            last_words(RankDied(rank, socket.gethostname(), os.getpid(), cause, details=traceback.format_exc()))
+        else:
+            _say(f"error: {cause}")
         return 1
 
 

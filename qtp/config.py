@@ -150,6 +150,11 @@ class EngineConfig:
     max_num_batched_tokens: tokens in a step (the budget of chunked prefill);
     max_model_len: tokens of prompt and output together; max_position_embeddings: the limit of these, in place of the model's;
     num_kv_blocks: blocks of block_size tokens in each rank's KV cache; timeout: seconds a collective may take.
+
+    launcher: 'auto' (whoever started this process; a lone process starts local ranks), 'local' or 'ray' (at ray_address, or a
+    cluster of its own). bind_cpu: pin ranks to cores. stall_timeout: seconds without progress in a step, or without a sign of
+    life, after which a rank counts as hung; 0: never. on_death: what rank 0 does when another rank is gone: 'raise' RankDied
+    from the call that runs or comes next, or 'exit', the process, at once.
     """
 
     model: str
@@ -170,6 +175,11 @@ class EngineConfig:
     vocab_limit: int | None = None
     threads: int | None = None
     timeout: float = 300.0
+    launcher: str = "auto"
+    ray_address: str | None = None
+    bind_cpu: bool = True
+    stall_timeout: float = 60.0
+    on_death: str = "raise"
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -184,8 +194,13 @@ class EngineConfig:
                 raise ValueError(f"{name} {getattr(self, name)} must be a number above 0")
         if self.dtype != "auto":
             check_dtype(self.dtype, "dtype")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device {self.device!r} is unknown; choose auto, cpu or cuda")
+        if not 0 <= self.stall_timeout < inf:
+            raise ValueError(f"stall_timeout {self.stall_timeout} must be a number of seconds, or 0 for never")
+        _check_choice("device", self.device, ("auto", "cpu", "cuda", "npu"))
+        _check_choice("launcher", self.launcher, ("auto", "local", "ray"))
+        _check_choice("on_death", self.on_death, ("raise", "exit"))
+        if self.ray_address is not None and self.launcher != "ray":
+            raise ValueError(f"ray_address {self.ray_address!r} needs launcher 'ray'")
 
     def grid(self) -> Grid:
         return Grid.of(self.tp, moe_ep=self.moe_ep, moe_tp=self.moe_tp)
@@ -202,6 +217,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a JSON object")
     return content
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is unknown; choose {', '.join(known[:-1])} or {known[-1]}")
 
 
 def check_dtype(name: str, source: str) -> str:

@@ -11,7 +11,9 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
+from collectives import shm
 from collectives.registry import available
+from collectives.rendezvous import Rendezvous
 from launch.detect import detect
 from qtp.config import EngineConfig, ModelConfig
 from qtp.engine.engine import Engine
@@ -25,7 +27,8 @@ from qtp.tokenizer import Tokenizer
 from qtp.weights.names import declare
 from qtp.weights.store import Store
 from qtp.weights.verify import verify
-from qtp.worker.ranks import Ranks, follow
+from qtp.worker.follow import follow
+from qtp.worker.ranks import Ranks
 
 log = logging.getLogger("qtp")
 
@@ -83,7 +86,8 @@ class LLM:
             self.ranks = Ranks(config, model, rendezvous, lambda count: _advance(bar, count))
         weakref.finalize(self, self.ranks.close)  # at the latest when the interpreter ends
         for ready in self.ranks.ready:
-            log.info("rank %d: read %d bytes, holds %d bytes of weights", ready.rank, ready.bytes_read, ready.weight_bytes)
+            told = (ready.rank, ready.bytes_read, ready.weight_bytes, ready.cores)
+            log.info("rank %d: read %d bytes, holds %d bytes of weights; %s", *told)
         pool = BlockPool(config.num_kv_blocks, config.block_size)
         self._grown: dict[int, RequestOutput] = {}
         self.engine = Engine(
@@ -189,6 +193,18 @@ def _check_communicator(config: EngineConfig, world_size: int) -> None:
         raise ValueError("communicator 'loopback' makes ranks of a lone process's threads; choose auto under a launcher")
 
 
+def cpu_communicator(config: EngineConfig, rendezvous: Rendezvous) -> str:
+    """What CPU ranks talk over where nothing was chosen: shared memory inside a host, gloo between hosts and where the native
+    code was not built. The same on every rank of hosts that are alike."""
+    if shm.why_not() is not None:
+        return "gloo"
+    if rendezvous.size == 1:  # the ranks are yet to be started, by this process
+        return "gloo" if config.ray_address is not None else "shm"
+    if rendezvous.local_size == rendezvous.size:
+        return "shm"
+    return "hierarchical"
+
+
 def _advance(bar: "tqdm[Any]", count: int) -> None:
     bar.update(count)
 
@@ -198,8 +214,11 @@ def prepare(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
     and that the weight files hold every tensor of the model. Reads headers only. The same on every rank."""
     folder = folder_of(config.model)
     model = ModelConfig.load(folder)
-    world_size = detect(config.timeout).size
-    config = resolve(replace(config, model=str(folder)), model, world_size, cuda=torch.cuda.is_available())
+    rendezvous = detect(config.timeout)
+    world_size = rendezvous.size
+    config = replace(config, model=str(folder))
+    chosen = cpu_communicator(config, rendezvous)
+    config = resolve(config, model, world_size, cuda=torch.cuda.is_available(), cpu_communicator=chosen)
     _check_communicator(config, world_size)
     store = Store(folder)
     verify(store, declare(model), config.grid())

@@ -56,14 +56,22 @@ def context_limit(model: ModelConfig) -> int:
     return max(model.max_position, int(model.rope.factor * model.rope.original_max_position))
 
 
-def resolve(config: EngineConfig, model: ModelConfig, world_size: int, *, cuda: bool) -> EngineConfig:
+def resolve(
+    config: EngineConfig, model: ModelConfig, world_size: int, *, cuda: bool, cpu_communicator: str = "gloo"
+) -> EngineConfig:
     """`config` with tp, dtype, device, communicator, max_model_len and num_kv_blocks settled.
 
-    world_size: what a launcher started, 1 for a lone process. Raises ValueError for a choice that cannot be.
+    world_size: what a launcher started, 1 for a lone process; cpu_communicator: what several ranks on CPUs talk over unless
+    they are told. Raises ValueError for a choice that cannot be.
     """
     tp = world_size if config.tp == -1 else config.tp
     if tp < 1:
         raise ValueError(f"tp {config.tp} must be at least 1, or -1 for the world size")
+    if world_size > 1 and config.launcher != "auto":
+        raise ValueError(
+            f"launcher {config.launcher!r} starts the ranks, and this process is itself one of {world_size} that a launcher "
+            "started; leave --launcher out"
+        )
     if world_size > 1 and tp != world_size:
         raise ValueError(f"tp {tp} disagrees with the world size {world_size} of the launcher; start {tp} ranks, or leave tp out")
     model.check_world(tp)
@@ -85,7 +93,7 @@ def resolve(config: EngineConfig, model: ModelConfig, world_size: int, *, cuda: 
         raise ValueError(f"{config.model}: config.json does not say the dtype of the weights; give --dtype")
     communicator = config.communicator
     if communicator == "auto":
-        communicator = "solo" if tp == 1 else ("nccl" if device == "cuda" else "gloo")
+        communicator = "solo" if tp == 1 else {"cpu": cpu_communicator, "cuda": "nccl", "npu": "hccl"}[device]
     config = replace(config, dtype=dtype, device=device, communicator=communicator, max_model_len=length)
     blocks = config.num_kv_blocks or _kv_blocks(config, model, grid, length)
     if device == "cpu" and (needed := blocks * _block_bytes(config, model, grid)) > machine_bytes():

@@ -68,14 +68,26 @@ def parser() -> argparse.ArgumentParser:
     ranks.add_argument("--moe_ep", type=int, default=-1, help="groups that share out the experts")
     ranks.add_argument("--moe_tp", type=int, default=-1, help="ranks that cut each expert by columns")
     ranks.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16")
-    ranks.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    ranks.add_argument("--communicator", default="auto", help="auto, solo, gloo, nccl, loopback")
+    ranks.add_argument("--device", default="auto", help="auto, cpu, cuda, npu")
+    ranks.add_argument(
+        "--communicator", default="auto", help="auto, solo, shm, gloo, mpi, hierarchical, hierarchical+mpi, nccl, hccl, loopback"
+    )
     ranks.add_argument("--threads", type=int, help="of each rank; default: its share of the cores")
+    ranks.add_argument("--bind_cpu", type=boolean, default=True, metavar="0|1", help="pin each rank to its share of the cores")
     ranks.add_argument("--block_size", type=int, default=128, help="tokens in a KV block")
     ranks.add_argument("--num_kv_blocks", type=int, help="default: what the requests need")
     ranks.add_argument("--max_prefill_tokens", type=int, default=-1, help="token budget of a step")
     ranks.add_argument("--max_position_embeddings", type=int, help="replaces the config's")
     ranks.add_argument("--timeout", type=float, default=300.0, help="seconds for joining and for a collective")
+    ranks.add_argument(
+        "--stall_timeout", type=float, default=60.0, metavar="SECONDS", help="after which a rank counts as hung; 0: never"
+    )
+    ranks.add_argument(
+        "--launcher",
+        default="auto",
+        help="auto: torchrun, mpirun or srun if one of them started this process, else local ranks; local; ray",
+    )
+    ranks.add_argument("--ray_address", metavar="HOST:PORT", help="of a running Ray cluster; default: one for this run")
 
     later = p.add_argument_group("accepted for compatibility, or not supported yet")
     later.add_argument("--trust_remote_code", action="store_true", help="accepted; no remote code is ever executed")
@@ -163,6 +175,11 @@ def command(argv: list[str] | None) -> int:
             threads=args.threads,
             max_position_embeddings=args.max_position_embeddings,
             timeout=args.timeout,
+            bind_cpu=args.bind_cpu,
+            stall_timeout=args.stall_timeout,
+            launcher=args.launcher,
+            ray_address=args.ray_address,
+            on_death="exit",
         )
     )
     tokenizer = Tokenizer(Path(config.model)) if args.load_tokenizer else None

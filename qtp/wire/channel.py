@@ -1,34 +1,26 @@
-"""The control channel: rank 0 to every other rank, over sockets or, for ranks that are threads, over queues.
-
-A frame is four bytes of length, big-endian, and that many bytes of a message. A closed channel is how a death is noticed.
-"""
+"""The control channel: rank 0 to every other rank, over sockets. A closed channel is how a death is noticed."""
 
 import hmac
 import queue
 import socket
-import struct
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Self
 
-from launch.watch import RankDied
-from qtp.wire.codec import decode, encode
-from qtp.wire.messages import Failure, Hello, Message, Ready
+from launch.watch import RankDied, Sign
+from qtp.wire.codec import encode
+from qtp.wire.frames import MAX_FRAME, MAX_HELLO, Closed, read_message, send, send_message, shut
+from qtp.wire.messages import Failure, Hello, Message, Ping, Pong, Ready, Stop, Welcome
 
-_LENGTH = struct.Struct(">I")
-MAX_FRAME = 1 << 28
-MAX_HELLO = 4096
 LOST = "process is gone"
 _DIFFERS = "its checkpoint or its settings differ from those of rank 0; give every rank the same"
 _ACCEPT_SLICE = 0.05
 _HELLO_PATIENCE = 5.0
 
 
-class Closed(Exception):
-    """The other end of the channel is gone."""
-
-
-class _Inbox:
+class Inbox:
     """What the followers told rank 0: who is ready, and the first failure."""
 
     def __init__(self, size: int) -> None:
@@ -49,9 +41,12 @@ class _Inbox:
             self.changed.notify_all()
 
     def lost(self, hello: Hello, cause: str) -> None:
+        self.dead(RankDied(hello.rank, hello.host, hello.pid, cause))
+
+    def dead(self, death: RankDied) -> None:
         with self.changed:
-            if all(death.rank != hello.rank for death in self.failed):
-                self.failed.append(RankDied(hello.rank, hello.host, hello.pid, cause))
+            if all(other.rank != death.rank for other in self.failed):
+                self.failed.append(death)
             self.changed.notify_all()
 
     def ready(self, timeout: float | None) -> list[Ready]:
@@ -74,7 +69,7 @@ class Leader(ABC):
     """Rank 0's end, for `size` - 1 followers."""
 
     def __init__(self, size: int) -> None:
-        self._inbox = _Inbox(size)
+        self._inbox = Inbox(size)
 
     def send(self, message: Message) -> None:
         """To every other rank. RankDied if one is gone."""
@@ -91,6 +86,10 @@ class Leader(ABC):
     def failure(self, wait: float) -> RankDied | None:
         """The first death or failure that a rank reported, waiting up to `wait` seconds for one to arrive."""
         return self._inbox.failure(wait)
+
+    def report(self, death: RankDied) -> None:
+        """Adds a death that was found out otherwise."""
+        self._inbox.dead(death)
 
     @abstractmethod
     def _deliver(self, frame: bytes) -> None:
@@ -114,17 +113,29 @@ class Follower(ABC):
     def close(self) -> None: ...
 
 
-class SocketLeader(Leader):
-    """Listens on `address`, on a port of the system's choice, for `size` - 1 followers that know `token`. A follower whose
-    `fingerprint` is another has failed, by a mistake of the user's: it was started with another model or other settings."""
+class _Peer:
+    """A follower as rank 0 sees it."""
 
-    def __init__(self, address: str, size: int, token: str, fingerprint: str = "") -> None:
+    def __init__(self, hello: Hello, connection: socket.socket) -> None:
+        self.hello, self.connection = hello, connection
+        self.sending = threading.Lock()
+        self.unanswered = 0
+        self.entered = 0
+
+
+class SocketLeader(Leader):
+    """Listens on `address`, on a port of the system's choice, for `size` - 1 followers that know `token`, and says who rank 0 is
+    by `welcome`. A follower whose `fingerprint` is another has failed, by a mistake of the user's: it was started with another
+    model or other settings."""
+
+    def __init__(self, address: str, size: int, token: str, fingerprint: str = "", welcome: Welcome | None = None) -> None:
         super().__init__(size)
         self._fingerprint = fingerprint
         self._token = token
+        self._welcome = welcome or Welcome(host="", pid=0)
         self._listener = socket.create_server((address, 0), family=_family(address), backlog=max(size, 16))
         self.port: int = self._listener.getsockname()[1]
-        self._peers: dict[int, tuple[Hello, socket.socket]] = {}
+        self._peers: dict[int, _Peer] = {}
         self._strangers: set[socket.socket] = set()
         self._lock = threading.Lock()
 
@@ -137,156 +148,202 @@ class SocketLeader(Leader):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"ranks {missing} did not join the control channel within {timeout:g} s")
             try:
-                peer, _ = self._listener.accept()
+                connection, _ = self._listener.accept()
             except TimeoutError:
                 continue
-            self._strangers.add(peer)
-            threading.Thread(target=self._meet, args=(peer,), daemon=True, name="control").start()
+            self._strangers.add(connection)
+            threading.Thread(target=self._meet, args=(connection,), daemon=True, name="control").start()
         self._listener.close()
         for stranger in list(self._strangers):
-            _shut(stranger)
+            shut(stranger)
 
-    def _deliver(self, frame: bytes) -> None:
-        for hello, peer in self._peers.values():
-            try:
-                peer.sendall(_LENGTH.pack(len(frame)) + frame)
-            except OSError:
-                self._inbox.lost(hello, LOST)
+    def ping(self) -> None:
+        """Asks every follower for a sign of life. Never blocks for long: a follower that is being sent something is left out."""
+        frame = encode(Ping())
+        for peer in self._peers.values():
+            peer.unanswered += 1
+            if peer.sending.acquire(blocking=False):
+                try:
+                    send(peer.connection, frame)
+                except OSError:
+                    self._inbox.lost(peer.hello, LOST)
+                finally:
+                    peer.sending.release()
+
+    def signs(self, tick: float) -> list[Sign]:
+        """What is known of each follower, if `ping` is called every `tick` seconds."""
+        peers = sorted(self._peers.items())
+        return [Sign(rank, p.hello.host, p.hello.pid, p.unanswered * tick, p.entered) for rank, p in peers]
+
+    def machine(self, rank: int) -> str:
+        """Where `rank` said that its process id holds."""
+        return self._peers[rank].hello.machine
 
     def close(self) -> None:
         self._listener.close()
-        for peer in [*self._strangers, *(peer for _, peer in self._peers.values())]:
-            _shut(peer)
+        for connection in [*self._strangers, *(peer.connection for peer in self._peers.values())]:
+            shut(connection)
 
-    def _meet(self, peer: socket.socket) -> None:
+    def _deliver(self, frame: bytes) -> None:
+        for peer in self._peers.values():
+            try:
+                with peer.sending:
+                    send(peer.connection, frame)
+            except OSError:
+                self._inbox.lost(peer.hello, LOST)
+
+    def _meet(self, connection: socket.socket) -> None:
         """Hears a connection's hello, and then, if it is a follower's, all that follows."""
         try:
-            hello = self._greet(peer)
+            peer = self._greet(connection)
         finally:
-            self._strangers.discard(peer)
-        if hello is None:
-            _shut(peer)
+            self._strangers.discard(connection)
+        if peer is None:
+            shut(connection)
         else:
-            self._listen(hello, peer)
+            self._listen(peer)
 
-    def _greet(self, peer: socket.socket) -> Hello | None:
-        peer.settimeout(_HELLO_PATIENCE)
+    def _greet(self, connection: socket.socket) -> _Peer | None:
+        connection.settimeout(_HELLO_PATIENCE)
         try:
-            hello = decode(_read_frame(peer, MAX_HELLO))
+            hello = read_message(connection, MAX_HELLO)
         except (Closed, ValueError, OSError):
             return None
         if not isinstance(hello, Hello) or not hmac.compare_digest(hello.token.encode("utf-8", "replace"), self._token.encode()):
             return None
-        peer.settimeout(None)
-        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.settimeout(None)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with self._lock:
             if not 0 < hello.rank < self._inbox.size or hello.rank in self._peers:
                 return None
-            self._strangers.discard(peer)  # before `accept` sees that all are there and ends the strangers
-            self._peers[hello.rank] = (hello, peer)
+            self._strangers.discard(connection)  # before `accept` sees that all are there and ends the strangers
+            try:
+                send_message(connection, self._welcome)
+            except OSError:
+                return None
+            peer = self._peers[hello.rank] = _Peer(hello, connection)
         if hello.fingerprint != self._fingerprint:
             self._inbox.put(hello, Failure(rank=hello.rank, cause=_DIFFERS, details="", user_error=True))
-        return hello
+        return peer
 
-    def _listen(self, hello: Hello, peer: socket.socket) -> None:
+    def _listen(self, peer: _Peer) -> None:
         try:
             while True:
-                self._inbox.put(hello, decode(_read_frame(peer, MAX_FRAME)))
+                message = read_message(peer.connection, MAX_FRAME)
+                if isinstance(message, Pong):
+                    peer.unanswered, peer.entered = 0, message.entered
+                else:
+                    self._inbox.put(peer.hello, message)
         except (Closed, OSError):
-            self._inbox.lost(hello, LOST)
+            self._inbox.lost(peer.hello, LOST)
         except ValueError as error:
-            self._inbox.lost(hello, str(error))
+            self._inbox.lost(peer.hello, str(error))
 
 
 class SocketFollower(Follower):
-    """Connects to rank 0 at once and says hello."""
+    """Connects to rank 0 at once and says hello; `welcome` is rank 0's answer. Messages arrive once `hear` was called."""
 
     def __init__(self, address: str, port: int, hello: Hello, timeout: float) -> None:
         try:
             self._socket = socket.create_connection((address, port), timeout)
         except OSError as error:
             raise Closed(f"rank 0 at {address}:{port} cannot be reached: {error}") from None
-        self._socket.settimeout(None)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.send(hello)
+        self._sending = threading.Lock()
+        self._messages: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
+        self._closed = False
+        try:
+            send_message(self._socket, hello)
+            welcome = read_message(self._socket, MAX_HELLO)
+        except (Closed, OSError):
+            shut(self._socket)
+            raise Closed(f"rank 0 at {address}:{port} did not let rank {hello.rank} in") from None
+        if not isinstance(welcome, Welcome):
+            raise ValueError(f"rank 0 answered with {type(welcome).__name__} instead of Welcome")
+        self.welcome = welcome
+        self._socket.settimeout(None)
+
+    def hear(
+        self,
+        pong: Callable[[], Pong] = lambda: Pong(step=-1, entered=0),
+        stopping: Callable[[], None] = lambda: None,
+        lost: Callable[[str], None] = lambda cause: None,
+        stall_timeout: float = 0.0,
+    ) -> Self:
+        """Starts the thread that hears rank 0: it answers pings with what `pong` gives, whatever the rank is busy with, and
+        leaves the rest for `receive`. In that thread stopping() is called when a Stop arrives, and lost(cause) when rank 0 is
+        gone without one: its process (LOST) or, for `stall_timeout` seconds (0: never noticed), every sign of it."""
+        told = (pong, stopping, lost, stall_timeout)
+        threading.Thread(target=self._listen, args=told, daemon=True, name="control").start()
+        return self
 
     def send(self, message: Message) -> None:
-        frame = encode(message)
         try:
-            self._socket.sendall(_LENGTH.pack(len(frame)) + frame)
+            with self._sending:
+                send_message(self._socket, message)
         except OSError:
             raise Closed("rank 0 is gone") from None
 
     def receive(self) -> Message:
+        message = self._messages.get()
+        if isinstance(message, Exception):
+            self._messages.put(message)  # for whoever asks again
+            raise message
+        return message
+
+    def close(self) -> None:
+        self._closed = True
+        shut(self._socket)
+
+    def _listen(
+        self, pong: Callable[[], Pong], stopping: Callable[[], None], lost: Callable[[str], None], stall_timeout: float
+    ) -> None:
+        cause = LOST
         try:
-            return decode(_read_frame(self._socket, MAX_FRAME))
-        except OSError:
-            raise Closed("rank 0 is gone") from None
+            while True:
+                message = self._next(stall_timeout)
+                if isinstance(message, Ping):
+                    self.send(pong())
+                    continue
+                self._messages.put(message)
+                if isinstance(message, Stop):
+                    self._messages.put(Closed("rank 0 said stop"))
+                    stopping()
+                    return
+        except _Silent:
+            cause = f"hangs: it gave no sign of life for {stall_timeout:g} s (--stall-timeout)"
+        except (Closed, OSError):
+            pass
+        except ValueError as error:
+            cause = f"sent what is no message: {error}"
+        if not self._closed:
+            lost(cause)
+        self._messages.put(Closed(f"rank 0: {cause}"))
 
-    def close(self) -> None:
-        _shut(self._socket)
+    def _next(self, stall_timeout: float) -> Message:
+        """The next message. While nothing comes, time is counted in ticks, so that this process accuses nobody after having been
+        stopped itself."""
+        if not stall_timeout:
+            return read_message(self._socket, MAX_FRAME)
+        tick, silent = tick_of(stall_timeout), 0.0
 
+        def waiting() -> None:
+            nonlocal silent
+            silent += tick
+            if silent > stall_timeout:
+                raise _Silent
 
-class QueueLeader(Leader):
-    """Followers in threads of this process; messages are encoded as on a socket."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self.followers = [QueueFollower(rank, self._inbox) for rank in range(1, size)]
-
-    def _deliver(self, frame: bytes) -> None:
-        for follower in self.followers:
-            follower.frames.put(frame)
-
-    def close(self) -> None:
-        for follower in self.followers:
-            follower.frames.put(None)
-
-
-class QueueFollower(Follower):
-    def __init__(self, rank: int, inbox: _Inbox) -> None:
-        self.frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._inbox = inbox
-        self._hello = Hello(rank=rank, host="thread", pid=0, token="")
-
-    def send(self, message: Message) -> None:
-        self._inbox.put(self._hello, decode(encode(message)))
-
-    def receive(self) -> Message:
-        frame = self.frames.get()
-        if frame is None:
-            raise Closed("rank 0 closed the channel")
-        return decode(frame)
-
-    def close(self) -> None:
-        self._inbox.lost(self._hello, "thread ended")
+        return read_message(self._socket, MAX_FRAME, waiting, tick)
 
 
-def _read_frame(peer: socket.socket, limit: int) -> bytes:
-    (length,) = _LENGTH.unpack(_read(peer, _LENGTH.size))
-    if length > limit:
-        raise ValueError(f"a frame of {length} bytes is over the limit of {limit}")
-    return _read(peer, length)
+class _Silent(Exception):
+    """Rank 0 gives no sign of life."""
 
 
-def _read(peer: socket.socket, count: int) -> bytes:
-    parts, left = [], count
-    while left:
-        part = peer.recv(min(left, 1 << 20))
-        if not part:
-            raise Closed("the other end closed the channel")
-        parts.append(part)
-        left -= len(part)
-    return b"".join(parts)
+def tick_of(stall_timeout: float) -> float:
+    """Seconds between two pings."""
+    return min(1.0, stall_timeout / 8)
 
 
 def _family(address: str) -> socket.AddressFamily:
     return socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][0]
-
-
-def _shut(peer: socket.socket) -> None:
-    try:
-        peer.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass
-    peer.close()

@@ -10,10 +10,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import msgpack
 
-from qtp.wire.messages import Failure, Hello, Message, Ready, StepPlan, StepResult, Stop
+from qtp.wire.messages import Failure, Hello, Message, Ping, Pong, Ready, StepPlan, StepResult, Stop, Welcome
 
-VERSION = 1
-_KINDS: tuple[type[Message], ...] = (Hello, Ready, Failure, Stop, StepPlan, StepResult)
+VERSION = 2
+_KINDS: tuple[type[Message], ...] = (Hello, Welcome, Ready, Failure, Stop, StepPlan, StepResult, Ping, Pong)
 
 
 def encode(message: Message) -> bytes:

@@ -96,22 +96,49 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hello:
-    """The first frame from a rank: who it is, the token in hexadecimal, and a digest of its model and settings."""
+    """The first frame from a rank: who it is, the token in hexadecimal, and a digest of its model and settings. machine: equal
+    where process ids mean the same (see `collectives.network.machine_identity`)."""
 
     rank: int
     host: str
     pid: int
     token: str
     fingerprint: str = ""
+    machine: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Welcome:
+    """Rank 0's answer to a Hello: who rank 0 is."""
+
+    host: str
+    pid: int
+    machine: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ping:
+    """Rank 0 is alive, and asks whether the other rank is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pong:
+    """The answer to a Ping, whatever the rank is busy with. step: the plan that it runs, -1 if none; entered: how many
+    collectives it has entered since it joined."""
+
+    step: int
+    entered: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ready:
-    """A rank has read its weights and made its KV cache. bytes_read: from the checkpoint; weight_bytes: that it holds."""
+    """A rank has read its weights and made its KV cache. bytes_read: from the checkpoint; weight_bytes: that it holds;
+    cores: its threads and where they run, in words."""
 
     rank: int
     bytes_read: int
     weight_bytes: int
+    cores: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,4 +156,4 @@ class Stop:
     """No more steps: ranks end with exit code 0."""
 
 
-Message = Hello | Ready | Failure | Stop | StepPlan | StepResult
+Message = Hello | Welcome | Ready | Failure | Stop | StepPlan | StepResult | Ping | Pong

@@ -8,7 +8,7 @@ from pathlib import Path
 from launch.detect import detect
 from launch.local import die_with_parent
 from qtp.config import EngineConfig, ModelConfig
-from qtp.worker.ranks import follow
+from qtp.worker.follow import follow
 
 
 def main() -> int:

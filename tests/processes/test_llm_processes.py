@@ -217,8 +217,8 @@ class Failing(Worker):
             raise {error}
         return super().execute(plan)
 
-import qtp.worker.ranks
-qtp.worker.ranks.Worker = Failing
+import qtp.worker.follow
+qtp.worker.follow.Worker = Failing
 from qtp.worker.__main__ import main
 sys.exit(main())
 """
@@ -279,7 +279,7 @@ def test_a_failing_thread_is_named_with_its_cause(step: int, monkeypatch: pytest
                 raise ZeroDivisionError("out of luck")
             return super().execute(plan)
 
-    monkeypatch.setattr("qtp.worker.ranks.Worker", Failing)
+    monkeypatch.setattr("qtp.worker.follow.Worker", Failing)
 
     def run() -> None:
         with make("dense", 3, num_kv_blocks=8, block_size=8) as llm:

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,12 +15,15 @@ import pytest
 
 from launch.local import new_token
 from launch.watch import RankDied
-from qtp.wire.channel import MAX_FRAME, MAX_HELLO, Closed, QueueLeader, SocketFollower, SocketLeader
+from qtp.wire.channel import LOST, SocketFollower, SocketLeader, tick_of
 from qtp.wire.codec import encode
-from qtp.wire.messages import Chunk, Failure, Hello, Ready, StepPlan, Stop
+from qtp.wire.frames import MAX_FRAME, MAX_HELLO, Closed
+from qtp.wire.messages import Chunk, Failure, Hello, Message, Pong, Ready, StepPlan, Stop, Welcome
+from qtp.wire.queues import QueueLeader
 
 HOST = "127.0.0.1"
 TOKEN = "0123456789abcdef"
+WELCOME = Welcome(host="the first", pid=77, machine="here")
 PLAN = StepPlan(step=3, dropped=(4, 5), chunks=(Chunk(seq_id=1, start=0, count=2, sample=True, appended=(7, 8)),))
 
 
@@ -31,7 +35,7 @@ class Meeting:
     """A leader that accepts in a thread, and what connects to it."""
 
     def __init__(self, size: int) -> None:
-        self.leader = SocketLeader(HOST, size, TOKEN)
+        self.leader = SocketLeader(HOST, size, TOKEN, welcome=WELCOME)
         self.error: list[BaseException] = []
         self.closers: list[Callable[[], None]] = [self.leader.close]
         self.thread = threading.Thread(target=self._accept, daemon=True)
@@ -45,9 +49,8 @@ class Meeting:
 
     def follower(self, rank: int, token: str = TOKEN) -> SocketFollower:
         follower = SocketFollower(HOST, self.leader.port, introduce(rank, 4000 + rank, token), 10.0)
-        follower._socket.settimeout(30.0)  # a test must not hang
         self.closers.append(follower.close)
-        return follower
+        return follower.hear()
 
     def raw(self, data: bytes) -> socket.socket:
         peer = socket.create_connection((HOST, self.leader.port), 10.0)
@@ -119,21 +122,23 @@ def test_ready_times_out_naming_who_is_missing(meet: Callable[[int], Meeting]) -
 
 def test_accept_times_out_naming_who_is_missing() -> None:
     leader = SocketLeader(HOST, 4, TOKEN)
-    follower = SocketFollower(HOST, leader.port, introduce(2, 1), 10.0)
-    with pytest.raises(TimeoutError, match=r"ranks \[1, 3\] did not join the control channel within 0.3 s"):
-        leader.accept(0.3)
+    joined: list[SocketFollower] = []
+    joining = threading.Thread(target=lambda: joined.append(SocketFollower(HOST, leader.port, introduce(2, 1), 10.0).hear()))
+    joining.start()
+    with pytest.raises(TimeoutError, match=r"ranks \[1, 3\] did not join the control channel within 0.5 s"):
+        leader.accept(0.5)
     leader.close()
+    joining.join(30.0)
     with pytest.raises(Closed):
-        follower.receive()
-    follower.close()
+        joined[0].receive()
+    joined[0].close()
 
 
 @pytest.mark.parametrize("token", ["", "0", TOKEN[:-1], TOKEN + "0", TOKEN.upper(), "\N{SNOWMAN}"])
 def test_a_wrong_token_is_refused(token: str, meet: Callable[[int], Meeting]) -> None:
     meeting = meet(3)
-    stranger = meeting.follower(1, token)
-    with pytest.raises(Closed):
-        stranger.receive()
+    with pytest.raises(Closed, match="did not let rank 1 in"):
+        meeting.follower(1, token)
     others = [meeting.follower(1), meeting.follower(2)]
     meeting.joined()
     meeting.leader.send(PLAN)
@@ -199,9 +204,8 @@ def test_random_connections_do_no_harm(meet: Callable[[int], Meeting]) -> None:
 def test_a_second_claim_to_a_rank_is_refused(meet: Callable[[int], Meeting]) -> None:
     meeting = meet(3)
     first = meeting.follower(1)
-    second = meeting.follower(1)
-    with pytest.raises(Closed):
-        second.receive()
+    with pytest.raises(Closed, match="did not let rank 1 in"):
+        meeting.follower(1)
     other = meeting.follower(2)
     meeting.joined()
     meeting.leader.send(PLAN)
@@ -232,7 +236,7 @@ def test_a_killed_process_is_a_death_with_its_pid(meet: Callable[[int], Meeting]
     code = (
         "import os, socket; from qtp.wire.channel import SocketFollower; from qtp.wire.messages import Hello; "
         f"h = Hello(rank=1, host=socket.gethostname(), pid=os.getpid(), token={TOKEN!r}); "
-        f"f = SocketFollower({HOST!r}, {meeting.leader.port}, h, 10.0); "
+        f"f = SocketFollower({HOST!r}, {meeting.leader.port}, h, 10.0).hear(); "
         "f.receive(); os.kill(os.getpid(), 9)"
     )
     child = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
@@ -303,8 +307,8 @@ def test_a_follower_refuses_a_bad_frame(data: bytes, meet: Callable[[int], Meeti
     meeting = meet(2)
     follower = meeting.follower(1)
     meeting.joined()
-    meeting.leader._peers[1][1].sendall(data)
-    with pytest.raises(ValueError, match="frame"):
+    meeting.leader._peers[1].connection.sendall(data)
+    with pytest.raises(Closed, match="frame"):
         follower.receive()
 
 
@@ -320,6 +324,76 @@ def test_a_rank_with_another_model_is_the_users_mistake() -> None:
     accepting.join(30.0)
     for end in (same, other, leader):
         end.close()
+
+
+def test_both_ends_know_who_the_other_is(meet: Callable[[int], Meeting]) -> None:
+    meeting = meet(2)
+    assert meeting.follower(1).welcome == WELCOME
+    meeting.joined()
+    (sign,) = meeting.leader.signs(0.5)
+    assert (sign.rank, sign.host, sign.pid, sign.silent, sign.entered) == (1, socket.gethostname(), 4001, 0.0, 0)
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_a_follower_answers_whatever_it_is_busy_with(meet: Callable[[int], Meeting]) -> None:
+    """Nobody calls `receive`, and yet pings are answered, with how far the rank is; plans wait in their order."""
+    meeting = meet(3)
+    busy, silent = (SocketFollower(HOST, meeting.leader.port, introduce(rank, 4000 + rank), 10.0) for rank in (1, 2))
+    meeting.closers += [busy.close, silent.close]
+    busy.hear(pong=lambda: Pong(step=4, entered=31))
+    meeting.joined()
+    for _ in range(3):
+        meeting.leader.ping()
+    meeting.leader.send(PLAN)
+    assert eventually(lambda: meeting.leader.signs(0.5)[0].entered == 31)
+    signs = meeting.leader.signs(0.5)
+    assert [(sign.rank, sign.silent, sign.entered) for sign in signs] == [(1, 0.0, 31), (2, 1.5, 0)]
+    assert busy.receive() == PLAN
+    assert silent.hear().receive() == PLAN, "a ping is no message for the rank"
+    assert eventually(lambda: [sign.silent for sign in meeting.leader.signs(0.5)] == [0.0, 0.0])
+
+
+@pytest.mark.parametrize("farewell", [Stop(), None])
+def test_a_follower_tells_a_stop_from_a_death(farewell: Message | None, meet: Callable[[int], Meeting]) -> None:
+    meeting, told = meet(2), list[str]()
+    follower = SocketFollower(HOST, meeting.leader.port, introduce(1, 1), 10.0)
+    follower.hear(stopping=lambda: told.append("stop"), lost=told.append)
+    meeting.joined()
+    if farewell is not None:
+        meeting.leader.send(farewell)
+        assert follower.receive() == farewell
+    meeting.leader.close()
+    with pytest.raises(Closed):
+        follower.receive()
+    assert eventually(lambda: bool(told))
+    assert told == [LOST if farewell is None else "stop"]
+    follower.close()
+
+
+def test_a_leader_without_a_sign_of_life_is_lost(meet: Callable[[int], Meeting]) -> None:
+    """As long as pings come the follower waits, however long; after the last one for the stall timeout."""
+    meeting, told = meet(2), list[str]()
+    follower = SocketFollower(HOST, meeting.leader.port, introduce(1, 1), 10.0)
+    follower.hear(lost=told.append, stall_timeout=0.4)
+    meeting.joined()
+    for _ in range(24):
+        time.sleep(tick_of(0.4))
+        meeting.leader.ping()
+    assert told == []
+    before = time.monotonic()
+    with pytest.raises(Closed, match=r"rank 0: hangs: it gave no sign of life for 0.4 s \(--stall-timeout\)"):
+        follower.receive()
+    assert 0.3 < time.monotonic() - before < 5.0
+    assert len(told) == 1
+    follower.close()
 
 
 def test_no_leader_is_said_in_one_line() -> None:

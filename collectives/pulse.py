@@ -1,0 +1,33 @@
+"""A communicator that shows how far its rank is, so that a rank that hangs can be told from those that wait for it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from collectives.communicator import Communicator
+from collectives.wrapped import Wrapped
+
+
+@dataclass(slots=True)
+class Pulse:
+    """step: the plan that this rank runs, -1 between plans; entered: how many collectives it has entered so far. Written by
+    the thread that works, read by the one that answers for it."""
+
+    step: int = -1
+    entered: int = 0
+
+
+class Pulsed(Wrapped):
+    """Passes everything to `inner` and counts it in `pulse`, which communicators split off share."""
+
+    def __init__(self, inner: Communicator, pulse: Pulse) -> None:
+        super().__init__(inner)
+        self.pulse = pulse
+
+    def _before(self, op: str, tensors: Sequence[Tensor], choice: Any = None) -> None:
+        self.pulse.entered += 1
+
+    def _around(self, child: Communicator) -> "Pulsed":
+        return Pulsed(child, self.pulse)

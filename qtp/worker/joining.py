@@ -1,0 +1,92 @@
+"""What a rank does before it reads weights: device, communicator, cores, and its place on the control channel.
+
+The communicator comes first, and the control channel's endpoint is broadcast over it, so that every launcher need only say
+where the ranks meet.
+"""
+
+import hashlib
+import importlib
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+import collectives
+from collectives.communicator import Communicator
+from collectives.rendezvous import Rendezvous
+from launch.affinity import threads_per_rank
+from launch.local import new_token
+from qtp.config import EngineConfig, ModelConfig
+from qtp.weights.store import Store
+
+_ENDPOINT_BYTES = 64
+
+
+def communicator(config: EngineConfig, rendezvous: Rendezvous) -> Communicator:
+    """Joins the other ranks, on this rank's device."""
+    return collectives.create(config.communicator, rendezvous, use_device(config, rendezvous))
+
+
+def use_device(config: EngineConfig, rendezvous: Rendezvous) -> torch.device:
+    """This rank's device, made the current one. ValueError if the host has fewer than it has ranks."""
+    if config.device == "cpu":
+        return torch.device("cpu")
+    if config.device == "npu":
+        try:
+            importlib.import_module("torch_npu")  # teaches torch the name
+        except ImportError as error:
+            raise ValueError(
+                f"device npu needs torch_npu ({error}); install the one for this torch, or use --device cpu"
+            ) from None
+    module = torch.get_device_module(config.device)
+    found = module.device_count()
+    if rendezvous.local_size > found:
+        raise ValueError(
+            f"{rendezvous.local_size} ranks on this host need as many {config.device} devices, and it has {found}; "
+            "start fewer, or use --device cpu"
+        )
+    device = torch.device(config.device, rendezvous.local_rank)
+    module.set_device(device)
+    return device
+
+
+def use_cores(config: EngineConfig, rendezvous: Rendezvous) -> Callable[[], None]:
+    """Sets this process's threads: config.threads, or its share of the allowed cores. Returns what undoes it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads or threads_per_rank(rendezvous.local_size))
+    return lambda: torch.set_num_threads(before)
+
+
+def fingerprint(config: EngineConfig, model: ModelConfig) -> str:
+    """A digest of all that must be the same on every rank: the settings, the model's config and the weight files (their headers,
+    sizes and a sample). Where the folder lies and what only concerns one host is left out."""
+    settings = {**asdict(config), "model": "", "threads": 0, "ray_address": "", "launcher": ""}
+    with Store(Path(config.model)) as store:
+        content = f"{settings}{replace(model, moe=None)}{_moe_text(model)}{store.fingerprint()}"
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _moe_text(model: ModelConfig) -> str:
+    return "" if model.moe is None else f"{replace(model.moe, layers=frozenset())}{sorted(model.moe.layers)}"
+
+
+def tell_endpoint(comm: Communicator, port: int, token: str) -> None:
+    """Rank 0 tells the others the control channel's port, and the token if their launcher gave them none ("" otherwise)."""
+    text = f"{port}:{token}".encode()
+    comm.broadcast(torch.tensor(list(text.ljust(_ENDPOINT_BYTES)), dtype=torch.uint8, device=comm.device))
+
+
+def hear_endpoint(comm: Communicator) -> tuple[int, str]:
+    """What rank 0 tells: (port, token or "")."""
+    told = comm.broadcast(torch.zeros(_ENDPOINT_BYTES, dtype=torch.uint8, device=comm.device))
+    port, _, token = bytes(told.tolist()).decode().strip().partition(":")
+    return int(port), token
+
+
+def token_of(rendezvous: Rendezvous) -> tuple[str, str]:
+    """(the secret of this run, what of it must be told): made here if the launcher gave none."""
+    if rendezvous.token:
+        return rendezvous.token, ""
+    token = new_token()
+    return token, token
