@@ -23,6 +23,7 @@ class Communicator(ABC):
     rank: int
     size: int
     device: torch.device
+    abortable: bool = True
 
     @abstractmethod
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -59,7 +60,8 @@ class Communicator(ABC):
     @abstractmethod
     def abort(self) -> None:
         """Called from another thread: a collective that this rank is in, or enters later, raises CollectiveError within a
-        second instead of waiting for its peers, where the backend can (mpi cannot). Harmless when repeated or closed."""
+        second instead of waiting for its peers. A backend that cannot do this (mpi) has `abortable` False. Harmless when
+        repeated or closed."""
 
     @abstractmethod
     def close(self) -> None:

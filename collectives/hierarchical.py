@@ -47,7 +47,7 @@ class Hierarchical(Communicator):
 
     def __init__(self, base: Communicator, timeout: float, hosts: Sequence[int] | None = None) -> None:
         self.rank, self.size, self.device = base.rank, base.size, base.device
-        self._base, self._timeout = base, timeout
+        self._base, self._timeout, self.abortable = base, timeout, base.abortable
         exchange = shm.exchange_over(base)
         self._hosts = list(hosts) if hosts is not None else _hosts(exchange)
         if len(self._hosts) != self.size:
@@ -151,7 +151,7 @@ class Hierarchical(Communicator):
         order = [rank for ranks in self._groups for rank in ranks]
         if order == sorted(order):
             return out
-        pieces = dict(zip(order, out.split([sizes[rank] for rank in order]), strict=True))
+        pieces = dict(zip(order, torch.split(out, [sizes[rank] for rank in order]), strict=True))
         return torch.cat([pieces[rank] for rank in range(self.size)])
 
     @contextmanager
@@ -188,4 +188,4 @@ def _hosts(exchange: torch_group.Exchange) -> list[int]:
 
 def _bytes(x: Tensor) -> Tensor:
     """The memory of a contiguous tensor, for what moves bytes without looking at them."""
-    return x.view(-1).view(torch.int8)
+    return x.as_strided((x.numel(),), (1,)).view(torch.int8)  # a length of 1 may have any stride, which view minds

@@ -11,6 +11,7 @@ import struct
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from math import prod
 from typing import Any
 
@@ -30,11 +31,14 @@ from collectives.network import machine_identity
 from collectives.rendezvous import Rendezvous
 from collectives.torch_group import Exchange, exchange
 
+_native: Any = None
+_missing = ""
 try:
-    from collectives import _native  # type: ignore[attr-defined, unused-ignore]
+    _native = import_module("collectives._native")
+except ModuleNotFoundError:
+    pass
 except ImportError as error:
-    _native = None
-    _missing = "" if error.name in (None, "collectives._native") and "cannot import name" in str(error) else f" ({error})"
+    _missing = f" so that it loads ({error})"
 
 _INTERFACE = 1
 _SUMMED = {

@@ -7,10 +7,12 @@ hold several communicators.
 import itertools
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -34,15 +36,16 @@ Exchange = Callable[[bytes], list[bytes]]
 _SOURCE = re.compile(r"^\[[^\]]*:\d+\] *")  # where in the library's source it was raised
 _SLICE = timedelta(seconds=0.25)
 _HALF = (torch.bfloat16, torch.float16)
+_REFUSED_DTYPE = ("Invalid scalar type", "Unsupported data type")  # in the words of gloo and nccl, and of hccl
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
     """What differs between the process groups of torch.
 
-    group(store, rank, size, rendezvous) builds one; device_type is where its tensors live; half_sum says whether it sums
-    half precision well by itself (otherwise the sum is done in float32); scatters: has reduce_scatter and all_to_all; blocks:
-    waiting for its work blocks the process, not a stream of the device.
+    group(store, rank, size, rendezvous) builds one, abort(group) ends its work; device_type is where its tensors live; half_sum
+    says whether it sums half precision well by itself (otherwise the sum is done in float32); scatters: has reduce_scatter and
+    all_to_all; blocks: waiting for its work blocks the process, not a stream of the device.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Backend:
     scatters: bool
     blocks: bool
     group: Callable[[Any, int, int, Rendezvous], Any]
+    abort: Callable[[Any], None] = lambda group: group.abort()
 
 
 class TorchGroup(Communicator):
@@ -61,6 +65,7 @@ class TorchGroup(Communicator):
         self._backend, self._store, self._rendezvous = backend, store, rendezvous
         self._splits = 0
         self._aborted = threading.Event()
+        self._left: Any = None  # work that goes on although the wait for it was left
         self._group = backend.group(store, rank, size, rendezvous)
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -94,10 +99,11 @@ class TorchGroup(Communicator):
             return x.narrow(dim, self.rank * part, part).clone()
         if not self._backend.scatters:
             return self.all_reduce(x.clone()).narrow(dim, self.rank * part, part).contiguous()
-        out = x.new_empty(part, *x.movedim(dim, 0).shape[1:])
-        whole = x.movedim(dim, 0).contiguous()
+        wide = torch.float32 if x.dtype in _HALF and not self._backend.half_sum else x.dtype
+        whole = x.movedim(dim, 0).to(wide).contiguous()
+        out = whole.new_empty(part, *whole.shape[1:])
         self._run(lambda: self._group._reduce_scatter_base(out, whole))
-        return out.movedim(0, dim)
+        return out.to(x.dtype).movedim(0, dim)
 
     def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
         check_src(src, self.size)
@@ -135,9 +141,12 @@ class TorchGroup(Communicator):
         group = self._group
         self._aborted.set()
         if group is not None and not self._backend.blocks:
-            group.abort()
+            self._backend.abort(group)
 
     def close(self) -> None:
+        if self._left is not None:  # the group's destructor waits for it, with the interpreter in hand
+            threading.Thread(target=_keep, args=(self._group, self._left), name="close", daemon=True).start()
+        self._left = None
         self._group = None
         self._store = None
 
@@ -153,15 +162,24 @@ class TorchGroup(Communicator):
 
     def _wait(self, work: Any) -> None:
         """Waits for `work` in slices, so that an abort, or Ctrl-C, is noticed while peers are late."""
-        while True:
-            if self._aborted.is_set():
-                raise CollectiveError(f"{self._backend.name}: the communicator was aborted")
-            try:
-                work.wait(_SLICE)
-                return
-            except RuntimeError:
-                if work.is_completed():
-                    raise
+        try:
+            while not self._aborted.is_set():
+                try:
+                    work.wait(_SLICE)
+                    return
+                except RuntimeError:
+                    if work.is_completed():
+                        raise
+            raise CollectiveError(f"{self._backend.name}: the communicator was aborted")
+        finally:
+            if not work.is_completed():
+                self._left = work
+
+
+def _keep(group: Any, work: Any) -> None:
+    """Holds a group until its work is done, which may last until the timeout if a peer hangs."""
+    while not work.is_completed():
+        time.sleep(_SLICE.total_seconds())
 
 
 @contextmanager
@@ -171,7 +189,7 @@ def _as_collective_error(name: str) -> Iterator[None]:
     except (ValueError, CollectiveError):
         raise
     except RuntimeError as error:
-        if "Invalid scalar type" in str(error):  # the group looks at the dtype before it sends anything
+        if any(words in str(error) for words in _REFUSED_DTYPE):  # the group looks at the dtype before it sends anything
             raise ValueError(f"communicator {name!r} does not carry tensors of this dtype") from None
         told = _SOURCE.sub("", str(error).splitlines()[0])
         raise CollectiveError(f"{name}: {told}") from None
@@ -264,3 +282,39 @@ def gloo(rendezvous: Rendezvous, device: torch.device, *, chosen: str = "gloo") 
 def nccl(rendezvous: Rendezvous, device: torch.device) -> Communicator:
     """NVIDIA's library, for CUDA tensors; one rank a GPU. The caller has made `device` the current one."""
     return TorchGroup(NCCL, join(rendezvous, "nccl"), rendezvous.rank, rendezvous.size, rendezvous, device)
+
+
+def _torch_npu() -> Any:
+    try:
+        return import_module("torch_npu")
+    except ImportError as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"communicator 'hccl' needs torch_npu ({told}); install the one for this torch or choose gloo") from None
+
+
+def _hccl_group(store: Any, rank: int, size: int, rendezvous: Rendezvous) -> Any:
+    """As torch_npu itself builds one for torch.distributed."""
+    kind = _torch_npu()._C._distributed_c10d.ProcessGroupHCCL
+    options = kind.Options()
+    options.is_high_priority_stream = False
+    options._timeout = timedelta(seconds=rendezvous.timeout)
+    return kind(store, rank, size, options)
+
+
+HCCL = Backend(
+    name="hccl",
+    device_type="npu",
+    half_sum=False,  # not known to round once
+    scatters=True,
+    blocks=False,
+    group=_hccl_group,
+    abort=lambda group: group.abort_hccl_comm("the communicator was aborted"),
+)
+
+
+def hccl(rendezvous: Rendezvous, device: torch.device) -> Communicator:
+    """Huawei's library through torch_npu, for tensors of Ascend NPUs; one rank an NPU. The caller has made `device` the current
+    one. It does not add uint8, bool and float64, which are refused. This has not met hardware: it is checked against a stand-in
+    for torch_npu that does what its sources say."""
+    _torch_npu()
+    return TorchGroup(HCCL, join(rendezvous, "hccl"), rendezvous.rank, rendezvous.size, rendezvous, device)

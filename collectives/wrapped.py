@@ -13,7 +13,7 @@ class Wrapped(Communicator):
     """Passes every operation on to `inner`, after telling `_before` of it."""
 
     def __init__(self, inner: Communicator) -> None:
-        self.rank, self.size, self.device = inner.rank, inner.size, inner.device
+        self.rank, self.size, self.device, self.abortable = inner.rank, inner.size, inner.device, inner.abortable
         self.inner = inner
 
     @abstractmethod

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from collectives import shm
 from collectives.registry import available
 from collectives.rendezvous import Rendezvous
+from launch import mpi
 from launch.detect import detect
 from qtp.config import EngineConfig, ModelConfig
 from qtp.engine.engine import Engine
@@ -71,7 +72,7 @@ class LLM:
         return llm
 
     def _begin(self, config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer | None, progress: bool) -> None:
-        rendezvous = detect(config.timeout)
+        rendezvous = mpi.meet(detect(config.timeout))
         if tokenizer is not None:
             config = replace(config, vocab_limit=tokenizer.size)
         self.config, self.model_config, self.tokenizer = config, model, tokenizer
@@ -212,9 +213,9 @@ def _advance(bar: "tqdm[Any]", count: int) -> None:
 def prepare(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
     """Everything that can be settled and refused before a rank is started: the folder, the model's config, all open choices,
     and that the weight files hold every tensor of the model. Reads headers only. The same on every rank."""
+    rendezvous = mpi.meet(detect(config.timeout))
     folder = folder_of(config.model)
     model = ModelConfig.load(folder)
-    rendezvous = detect(config.timeout)
     world_size = rendezvous.size
     config = replace(config, model=str(folder))
     chosen = cpu_communicator(config, rendezvous)

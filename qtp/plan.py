@@ -1,11 +1,12 @@
-"""What a run would need, before anything is loaded: `python -m qtp.plan --model DIR --tp N [--max-len L] [--memory G]`.
+"""What a run would need, before anything is loaded: `python -m qtp.plan --model DIR --tp N [--nodes N] [--max-len L]`.
 
 Reads the config and the headers of the weight files alone, and imports no torch.
 """
 
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import inf
 
 from qtp.cli import Parser, run
@@ -16,8 +17,13 @@ from qtp.resolve import ITEM_SIZE, RankShare, context_limit, machine_bytes, reso
 from qtp.weights.names import declare
 from qtp.weights.store import Store
 from qtp.weights.verify import verify
+from qtp.wire.codec import encode
+from qtp.wire.messages import Chunk, StepPlan
 
 STEP_TOKENS = 2048
+SUM_BYTES = 4  # of a value while ranks on CPUs sum it: halves travel as float32
+PAIR_BYTES = 16  # a rank's best (value, id) of a greedy row
+FRAME_HEAD = 4  # bytes before a control frame
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,8 +33,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--moe_ep", type=int, default=-1)
     p.add_argument("--moe_tp", type=int, default=-1)
     p.add_argument("--dtype", default="auto")
+    p.add_argument("--nodes", type=int, default=1, help="hosts that the ranks are spread over")
+    p.add_argument("--batch", type=int, default=64, metavar="SEQUENCES", help="in a decode step, for the traffic")
     p.add_argument("--max_len", type=int, metavar="TOKENS", help="context of each sequence; default: the model's")
-    p.add_argument("--memory", type=float, metavar="GIB", help="of one rank; default: this machine's memory shared by the ranks")
+    p.add_argument(
+        "--memory", type=float, metavar="GIB", help="of one rank; default: this machine's memory shared by a host's ranks"
+    )
     return p
 
 
@@ -44,6 +54,68 @@ def step_traffic(model: ModelConfig, dtype: str, tokens: int) -> tuple[int, int]
     return 1 + 2 * model.num_layers, tokens * model.hidden_size * ITEM_SIZE[dtype]
 
 
+def placed(tp: int, nodes: int) -> list[range]:
+    """The ranks of each node, in order, as even as integers allow. Raises ValueError if that cannot be."""
+    if nodes < 1:
+        raise ValueError(f"--nodes {nodes} must be at least 1")
+    if nodes > tp:
+        raise ValueError(f"--nodes {nodes} is more than the {tp} ranks of --tp; use {tp} or fewer nodes, or raise --tp")
+    firsts = [node * (tp // nodes) + min(node, tp % nodes) for node in range(nodes + 1)]
+    return [range(first, stop) for first, stop in pairwise(firsts)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Crossing:
+    """What a collective costs between hosts. sent: bytes that each host sends, and as many that it receives; rounds: messages
+    between hosts that must follow one another."""
+
+    sent: int
+    rounds: int
+
+
+def ring_sum(size: int, members: int) -> Crossing:
+    """An all_reduce of `size` bytes around a ring of `members`, one link of which leaves each host (gloo/allreduce.cc): each
+    member passes on all parts but its own, once to add and once to spread."""
+    return Crossing(sent=2 * (members - 1) * -(-size // members), rounds=2 * (members - 1))
+
+
+def ring_gather(size: int, members: int) -> Crossing:
+    """An all_gather of `size` bytes from each of `members` around such a ring (gloo/allgather.cc)."""
+    return Crossing(sent=(members - 1) * size, rounds=members - 1)
+
+
+def crossings(model: ModelConfig, nodes: list[range], batch: int) -> dict[str, Crossing]:
+    """What a greedy decode step of `batch` sequences costs between hosts, by communicator: `gloo` is one ring of all ranks,
+    in `hierarchical` one rank a host talks across."""
+    calls, values = 1 + 2 * model.num_layers, batch * model.hidden_size
+
+    def step(members: int, ranks: int) -> Crossing:
+        sums, gather = ring_sum(values * SUM_BYTES, members), ring_gather(ranks * batch * PAIR_BYTES, members)
+        return Crossing(sent=calls * sums.sent + gather.sent, rounds=calls * sums.rounds + gather.rounds)
+
+    return {"gloo": step(nodes[-1].stop, 1), "hierarchical": step(len(nodes), max(map(len, nodes)))}
+
+
+def decode_step(batch: int, length: int, block_size: int) -> StepPlan:
+    """The plan of a decode step of `batch` sequences of about `length` tokens: each is told the token sampled last, and one in
+    block_size of them, at least one, gets a new block."""
+    blocks = batch * -(-length // block_size)
+    return StepPlan(
+        step=1_000_000,
+        chunks=tuple(
+            Chunk(
+                seq_id=1_000_000 + i,
+                start=length + i % block_size,
+                count=1,
+                sample=True,
+                appended=(100_000 + i,),
+                new_blocks=(blocks + i,) if i % block_size == 0 else (),
+            )
+            for i in range(batch)
+        ),
+    )
+
+
 def command(argv: list[str] | None) -> int:
     args = parser().parse_args(argv)
     folder = folder_of(args.model)
@@ -54,7 +126,10 @@ def command(argv: list[str] | None) -> int:
     verify(Store(folder), declare(model), grid)
     if args.memory is not None and not 0 < args.memory < inf:
         raise ValueError(f"--memory {args.memory} must be a number of GiB above 0")
-    memory = int((args.memory if args.memory is not None else machine_bytes() / 2**30 / config.tp) * 2**30)
+    if args.batch < 1:
+        raise ValueError(f"--batch {args.batch} must be at least 1")
+    nodes = placed(config.tp, args.nodes)
+    memory = int((args.memory if args.memory is not None else machine_bytes() / 2**30 / len(nodes[0])) * 2**30)
     length = config.max_model_len or context_limit(model)
 
     rows = shares(model, grid, config.dtype)
@@ -73,6 +148,13 @@ def command(argv: list[str] | None) -> int:
             f"a step of T tokens: {calls} all_reduce of T x {size} bytes, and one all_gather a step (16 bytes a greedy row and "
             "rank; with top_k 1 to 64 1024; otherwise 4 a vocabulary entry)"
         )
+        control = FRAME_HEAD + len(encode(decode_step(args.batch, length, config.block_size)))
+        print(
+            f"control traffic of a decode step of {args.batch} sequences: {control} bytes to each of {config.tp - 1} ranks, "
+            f"{(config.tp - 1) * control} in all, {(config.tp - len(nodes[0])) * control} of them to other hosts"
+        )
+    if len(nodes) > 1:
+        _print_nodes(model, config.dtype, rows, nodes, memory, args.batch)
 
     spare = min(memory - s.weight_bytes - working_bytes(model, s, config.dtype, STEP_TOKENS) for s in rows)
     per_token = max(s.kv_bytes_per_token for s in rows)
@@ -90,6 +172,22 @@ def command(argv: list[str] | None) -> int:
         return 1
     print("yes: it fits")
     return 0
+
+
+def _print_nodes(model: ModelConfig, dtype: str, rows: list[RankShare], nodes: list[range], memory: int, batch: int) -> None:
+    print("        ranks  weights(bytes)  working(bytes)  KV(bytes/token)  ranks' memory(GiB)")
+    for number, ranks in enumerate(nodes):
+        here = [rows[rank] for rank in ranks]
+        weights, kv = sum(s.weight_bytes for s in here), sum(s.kv_bytes_per_token for s in here)
+        working = sum(working_bytes(model, s, dtype, STEP_TOKENS) for s in here)
+        print(f"node {number:<3} {_span(ranks):>4}  {weights:14}  {working:14}  {kv:15}  {len(ranks) * memory / 2**30:18.2f}")
+    calls, size = 1 + 2 * model.num_layers, batch * model.hidden_size * SUM_BYTES
+    print(
+        f"across hosts in a decode step of {batch} sequences: {calls} all_reduce of {size} bytes (summed in float32) and one "
+        f"all_gather of {batch * PAIR_BYTES} bytes a rank"
+    )
+    for name, crossing in crossings(model, nodes, batch).items():
+        print(f"  {name + ':':13} each host sends {crossing.sent} bytes, in {crossing.rounds} messages one after the other")
 
 
 def _experts(model: ModelConfig, grid: Grid) -> str:

@@ -216,9 +216,12 @@ def generate(llm: LLM, prompts: list[Prompt], params: SamplingParams) -> tuple[l
         return llm.run(requests, use_tqdm=True), False
     stream = Stream(params.stops, sys.stdout)
     sys.stdout.write("Answer[0]: ")
-    for output in llm.stream(requests):
-        stream.show(output.outputs[0])
-    sys.stdout.write("\n")
+    try:
+        for output in llm.stream(requests):
+            stream.show(output.outputs[0])
+    finally:  # so that a last line on the terminal begins where lines begin
+        sys.stdout.write("\n")
+        sys.stdout.flush()
     return [output], True
 
 

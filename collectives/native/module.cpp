@@ -225,6 +225,34 @@ PyObject* segment_bytes(PyObject*, PyObject* const* args, Py_ssize_t given) {
   return PyLong_FromSize_t(qtp::segment_bytes(int(a[0]), a[1]));
 }
 
+// sum(number of the instruction set in ISAS, address of the result, elements, dtype, address of each input): the sums by
+// themselves, so that a test reaches those that this processor would not choose
+PyObject* sum(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  const qtp::Kernels* all[8];
+  const size_t count = size_t(qtp::supported(all, 8));
+  constexpr Py_ssize_t kMost = 16;
+  size_t a[4 + kMost];
+  if (given < 6 || given > 4 + kMost) return PyErr_Format(PyExc_TypeError, "needs 2 to %zd inputs", kMost);
+  if (!read(args, given, given, a) || !check_dtype(a[3])) return nullptr;
+  if (a[0] >= count) return PyErr_Format(PyExc_ValueError, "no such instruction set");
+  const void* inputs[kMost];
+  for (Py_ssize_t i = 4; i < given; ++i) inputs[i - 4] = memory(a[i]);
+  all[a[0]]->sum[a[3]](memory(a[1]), inputs, int(given - 4), a[2]);
+  Py_RETURN_NONE;
+}
+
+PyObject* isas() {
+  const qtp::Kernels* all[8];
+  const int count = qtp::supported(all, 8);
+  PyObject* names = PyTuple_New(count);
+  for (int i = 0; names != nullptr && i < count; ++i) {
+    PyObject* name = PyUnicode_FromString(all[i]->isa);
+    if (name == nullptr) Py_CLEAR(names);
+    else PyTuple_SET_ITEM(names, i, name);
+  }
+  return names;
+}
+
 #define QTP_FAST(function) reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(function)), METH_FASTCALL
 
 PyMethodDef group_methods[] = {{"all_reduce", QTP_FAST(all_reduce), nullptr},
@@ -244,7 +272,9 @@ PyType_Slot group_slots[] = {{Py_tp_new, reinterpret_cast<void*>(make)},
 
 PyType_Spec group_spec = {"collectives._native.Group", sizeof(PyGroup), 0, Py_TPFLAGS_DEFAULT, group_slots};
 
-PyMethodDef module_methods[] = {{"segment_bytes", QTP_FAST(segment_bytes), nullptr}, {nullptr, nullptr, 0, nullptr}};
+PyMethodDef module_methods[] = {{"segment_bytes", QTP_FAST(segment_bytes), nullptr},
+                                {"sum", QTP_FAST(sum), nullptr},
+                                {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "collectives._native", nullptr, -1, module_methods,
                                  nullptr, nullptr, nullptr, nullptr};
@@ -261,7 +291,7 @@ PyMODINIT_FUNC PyInit__native() {
   PyObject* type = module != nullptr ? PyType_FromSpec(&group_spec) : nullptr;
   if (type == nullptr || PyModule_AddObject(module, "Group", type) != 0 ||
       PyModule_AddIntConstant(module, "INTERFACE", kInterface) != 0 ||
-      PyModule_AddStringConstant(module, "ISA", qtp::kernels().isa) != 0) {
+      PyModule_AddObject(module, "ISAS", isas()) != 0) {
     Py_XDECREF(module);
     return nullptr;
   }

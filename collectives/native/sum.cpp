@@ -155,23 +155,31 @@ const Kernels kAvx512 = QTP_TABLE(avx512);
 
 #endif
 
-const Kernels& choose() {
+}  // namespace
+
+int supported(const Kernels** into, int room) {
+  int count = 0;
+  const auto add = [&](const Kernels& kernels) {
+    if (count < room) into[count++] = &kernels;
+  };
+  add(kBaseline);
 #if QTP_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx2 && avx512) return kAvx512;
-  if (avx2) return kAvx2;
+  if (avx2) add(kAvx2);
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    add(kAvx512);
 #endif
-  return kBaseline;
+  return count;
 }
 
-}  // namespace
-
 const Kernels& kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
+  static const Kernels& best = [] () -> const Kernels& {
+    const Kernels* all[8];
+    return *all[supported(all, 8) - 1];
+  }();
+  return best;
 }
 
 }  // namespace qtp

@@ -19,7 +19,10 @@ struct Kernels {
 
 constexpr size_t kItemBytes[kDTypes] = {4, 2, 2, 8, 1, 2, 4, 8, 1};
 
-// The best that this processor can run; the same on every call.
+// Those that this processor can run, the plainest first.
+int supported(const Kernels** into, int room);
+
+// The best of them; the same on every call.
 const Kernels& kernels();
 
 }  // namespace qtp

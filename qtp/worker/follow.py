@@ -6,6 +6,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 
 from collectives.communicator import CollectiveError, Communicator
 from collectives.network import machine_identity
@@ -42,11 +43,11 @@ class _Following:
     """One rank's life: what the thread that works and the one that hears rank 0 share."""
 
     def __init__(self, config: EngineConfig, model: ModelConfig, rendezvous: Rendezvous) -> None:
-        use_cores(config, rendezvous)
         self._config, self._model = config, model
         self._pulse = Pulse()
         self._timers: list[threading.Timer] = []
         self._comm = communicator(config, rendezvous)
+        self._cores, _ = use_cores(config, self._comm)
         port, token = hear_endpoint(self._comm)
         self._token = rendezvous.token or token
         hello = Hello(
@@ -69,7 +70,7 @@ class _Following:
         comm = Pulsed(self._comm, self._pulse)
         try:
             with leaving(lambda cause: tell(self._follower, comm.rank, cause)):
-                return serve(self._config, self._model, comm, self._follower, self._pulse)
+                return serve(self._config, self._model, comm, self._follower, self._pulse, self._cores)
         finally:
             self._follower.close()
             comm.close()
@@ -101,11 +102,12 @@ class _Following:
         timer.start()
 
 
-def serve(config: EngineConfig, model: ModelConfig, comm: Communicator, follower: Follower, pulse: Pulse) -> int:
-    """Reads this rank's weights and runs rank 0's plans until it says stop; the exit code, as in `follow`."""
+def serve(config: EngineConfig, model: ModelConfig, comm: Communicator, follower: Follower, pulse: Pulse, cores: str = "") -> int:
+    """Reads this rank's weights and runs rank 0's plans until it says stop; the exit code, as in `follow`. cores: what it runs
+    on, in words."""
     try:
         worker = Worker(config, model, comm)
-        follower.send(worker.ready)
+        follower.send(replace(worker.ready, cores=cores))
         while True:
             message = follower.receive()
             if isinstance(message, Stop):

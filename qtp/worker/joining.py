@@ -6,6 +6,7 @@ where the ranks meet.
 
 import hashlib
 import importlib
+import socket
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,18 +15,23 @@ import torch
 
 import collectives
 from collectives.communicator import Communicator
+from collectives.network import machine_identity
 from collectives.rendezvous import Rendezvous
-from launch.affinity import threads_per_rank
+from launch import affinity, mpi
 from launch.local import new_token
 from qtp.config import EngineConfig, ModelConfig
 from qtp.weights.store import Store
 
 _ENDPOINT_BYTES = 64
+_PLACE_BYTES = 96
 
 
 def communicator(config: EngineConfig, rendezvous: Rendezvous) -> Communicator:
     """Joins the other ranks, on this rank's device."""
-    return collectives.create(config.communicator, rendezvous, use_device(config, rendezvous))
+    comm = collectives.create(config.communicator, rendezvous, use_device(config, rendezvous))
+    if "mpi" not in config.communicator:
+        mpi.part()
+    return comm
 
 
 def use_device(config: EngineConfig, rendezvous: Rendezvous) -> torch.device:
@@ -51,11 +57,26 @@ def use_device(config: EngineConfig, rendezvous: Rendezvous) -> torch.device:
     return device
 
 
-def use_cores(config: EngineConfig, rendezvous: Rendezvous) -> Callable[[], None]:
-    """Sets this process's threads: config.threads, or its share of the allowed cores. Returns what undoes it."""
+def use_cores(config: EngineConfig, comm: Communicator) -> tuple[str, Callable[[], None]]:
+    """Gives this rank its share of the cores that it and the other ranks of its host may use, or config.threads threads, and
+    binds it to them unless config.bind_cpu is off. All ranks must call it. Returns what was chosen, in words, and what undoes it.
+    """
+    mine = affinity.allowance()
+    place = (machine_identity() or socket.gethostname()).encode()[:_PLACE_BYTES].ljust(_PLACE_BYTES, b"\0")
+    row = torch.frombuffer(bytearray(place + mine.pack()), dtype=torch.uint8).to(comm.device)
+    rows = [bytes(told.tolist()) for told in comm.all_gather(row[None])]
+    allowances = [affinity.Allowance.unpack(told[_PLACE_BYTES:]) for told in rows]
+    cores = affinity.share(comm.rank, [told[:_PLACE_BYTES] for told in rows], allowances, affinity.topology())
+    cores = replace(cores, threads=config.threads or cores.threads, cores=cores.cores if config.bind_cpu else frozenset())
     before = torch.get_num_threads()
-    torch.set_num_threads(config.threads or threads_per_rank(rendezvous.local_size))
-    return lambda: torch.set_num_threads(before)
+    release = affinity.bind(cores)
+    torch.set_num_threads(cores.threads)
+
+    def undo() -> None:
+        release()
+        torch.set_num_threads(before)
+
+    return affinity.describe(cores), undo
 
 
 def fingerprint(config: EngineConfig, model: ModelConfig) -> str:

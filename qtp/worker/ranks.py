@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -20,7 +20,8 @@ from collectives.loopback import Loopback, loopback
 from collectives.network import machine_identity
 from collectives.pulse import Pulse, Pulsed
 from collectives.rendezvous import Rendezvous
-from launch import local
+from launch import local, ray_cluster
+from launch.affinity import threads_per_rank
 from launch.watch import RankDied, Sign, StallDetector, Started, kill, last_words, leave, run_while
 from qtp.config import EngineConfig, ModelConfig
 from qtp.wire.channel import LOST, Leader, SocketLeader, tick_of
@@ -123,12 +124,13 @@ class Ranks:
     def _start(self, config: EngineConfig, model: ModelConfig, rendezvous: Rendezvous, progress: Progress) -> None:
         if config.communicator == "loopback":
             self._start_threads(config, model)
+            cores = "a thread of this process"
         else:
             if rendezvous.size < config.tp:
                 rendezvous, self._started = _launch(config)
             check = self._started.check if self._started is not None else lambda: None
-            self._undo = use_cores(config, rendezvous)
             comm = run_while(lambda: communicator(config, rendezvous), check)
+            cores, self._undo = use_cores(config, comm)
             self._comm = Pulsed(comm, self._pulse) if config.tp > 1 else comm
             if config.tp > 1:
                 self._channel = channel = run_while(lambda: _listen(comm, rendezvous, fingerprint(config, model)), check)
@@ -140,7 +142,7 @@ class Ranks:
 
         with self._naming_the_cause():
             self.worker = Worker(config, model, self._the_comm, reading)
-        self.ready: list[Ready] = [self.worker.ready]
+        self.ready: list[Ready] = [replace(self.worker.ready, cores=cores)]
         if self._channel is not None:
             with self._naming_the_cause():
                 self.ready += self._channel.ready()
@@ -157,7 +159,9 @@ class Ranks:
             thread = threading.Thread(target=_follow_in_thread, args=(config, model, comm, follower), daemon=True)
             thread.start()
             self._threads.append(thread)
-        self._undo = use_cores(config, Rendezvous(size=config.tp, local_size=config.tp))
+        before = torch.get_num_threads()
+        torch.set_num_threads(config.threads or threads_per_rank(config.tp))
+        self._undo = lambda: torch.set_num_threads(before)
         self._comm, self._channel = comms[0], channel
 
     def _raise_death(self) -> None:
@@ -208,6 +212,10 @@ class Ranks:
     def _end(self, channel: SocketLeader, comm: Communicator, death: RankDied) -> None:
         """A rank is gone or hangs. The call that runs, freed from its collective, raises the death; where none runs, or it does
         not come back, this thread does what is left to do."""
+        if not comm.abortable and (death.hangs or death.cause == LOST):
+            # The call cannot be freed, and such a launcher ends all ranks, silently, as soon as it notices.
+            last_words(death)
+            leave(1)
         if death.hangs and death.rank > 0:
             self._kill(channel, death)
         comm.abort()
@@ -242,8 +250,6 @@ def _say_and_leave(channel: SocketLeader, death: RankDied) -> None:
 def _launch(config: EngineConfig) -> tuple[Rendezvous, Started]:
     argv = [sys.executable, "-m", "qtp.worker", json.dumps(asdict(config))]
     if config.launcher == "ray":
-        from launch import ray_cluster
-
         resources = {"CPU": float(config.threads or 1)}
         if config.device != "cpu":
             resources["GPU" if config.device == "cuda" else "NPU"] = 1.0

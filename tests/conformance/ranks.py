@@ -1,78 +1,150 @@
-"""One rank of the conformance suite in a process of its own: runs every case over gloo and writes what came of it as JSON.
+"""One rank of the conformance suite in a process of its own: runs every case, then the failures, and writes what came of it.
 
-Arguments: rank, number of processes, the listening ports (one a world size, then one for a peer that is silent and one for a
-peer that ends), their descriptors (rank 0), a folder. Results go to FOLDER/RANK.json: a text a case, "ok" or the traceback.
+Argument: a JSON object. backend: see `Place`; sizes: for each wrapper the numbers of ranks to try; scenes: which failures; rank:
+this one, null under mpiexec; count: how many processes; ports and, for rank 0, descriptors of as many listeners: one for each
+number of ranks, then one a scene; folder. Results go to FOLDER/RANK.json: a text a case, "ok" or the traceback.
 """
 
 import json
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
-from communicator_cases import CASES, PROCESS_SIZES, WRAPPERS
+from communicator_cases import CASES, WRAPPERS
 
 from collectives import CollectiveError, Communicator, Rendezvous, create
+from collectives.hierarchical import Hierarchical
+
+CPU = torch.device("cpu")
+ENOUGH = 60.0
+SHORT = 4.0
 
 
-def join(rank: int, size: int, port: int, listener: int | None, timeout: float) -> Communicator:
-    rendezvous = Rendezvous(rank=rank, size=size, local_rank=rank, local_size=size, port=port, listener=listener, timeout=timeout)
-    return create("gloo", rendezvous, torch.device("cpu"))
+class Place:
+    """Where the ranks meet. backend: a name of the registry, or hierarchical or hierarchical+mpi followed by the host that each
+    rank is to believe it is on, as in hierarchical/0112. Over MPI all ranks meet once, and smaller numbers are split off."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.name, _, hosts = spec["backend"].partition("/")
+        self.hosts = [int(digit) for digit in hosts]
+        self.count, self.ports, self.descriptors = spec["count"], spec["ports"], spec["descriptors"]
+        self.rank = spec["rank"]
+        self.world: Communicator | None = None
+        if "mpi" in self.name:
+            from mpi4py import MPI
+
+            self.rank = MPI.COMM_WORLD.rank
+            self.world = create("mpi", self.rendezvous(self.count, 0, ENOUGH), CPU)
+
+    def rendezvous(self, size: int, turn: int, timeout: float) -> Rendezvous:
+        listener = self.descriptors[turn] if self.rank == 0 and self.descriptors else None
+        port = self.ports[turn] if self.ports else 0
+        return Rendezvous(
+            rank=self.rank, size=size, local_rank=self.rank, local_size=size, port=port, listener=listener, timeout=timeout
+        )
+
+    def join(self, size: int, turn: int, timeout: float) -> Communicator | None:
+        """Called by all ranks. None on those that are not among the first `size`."""
+        if self.world is not None:
+            base = self.world.split(range(size))
+        elif self.rank < size:
+            base = create("gloo" if self.hosts else self.name, self.rendezvous(size, turn, timeout), CPU)
+        else:
+            base = None
+        return base if base is None or not self.hosts else Hierarchical(base, timeout, self.hosts[:size])
 
 
-def attempt_all(comm: Communicator, shared: Path, results: dict[str, str]) -> None:
-    """Every case through every wrapper. After a failure the ranks may be out of step, so the rest is not run."""
-    for wrapper, wrap in WRAPPERS.items():
-        if comm.size not in PROCESS_SIZES[wrapper]:
-            continue
-        for name, case in CASES.items():
-            place = shared / f"{comm.size}-{wrapper}"
-            place.mkdir(exist_ok=True)
-            try:
-                case(wrap(comm), place)
-            except BaseException:
-                results[f"{comm.size}/{wrapper}/{name}"] = traceback.format_exc()
-                return
-            results[f"{comm.size}/{wrapper}/{name}"] = "ok"
+def attempt_all(comm: Communicator, wrapper: str, shared: Path, results: dict[str, str]) -> bool:
+    """Every case through a wrapper. After a failure the ranks may be out of step, so the rest is not run."""
+    shared.mkdir(exist_ok=True)
+    for name, case in CASES.items():
+        try:
+            case(WRAPPERS[wrapper](comm), shared)
+        except BaseException:
+            results[f"{comm.size}/{wrapper}/{name}"] = traceback.format_exc()
+            return False
+        results[f"{comm.size}/{wrapper}/{name}"] = "ok"
+    return True
 
 
 def expect_error(comm: Communicator) -> str:
+    """ "ok", the seconds since some start that all processes share, and what was raised."""
     try:
         while True:
             comm.all_reduce(torch.full((5,), 3.0))
     except CollectiveError as error:
-        return f"ok: {error}"
+        return f"ok {time.monotonic():.3f} {error}"
     except BaseException:
         return traceback.format_exc()
 
 
+def meet_in(folder: Path, name: str, rank: int, others: int) -> None:
+    """Waits, by files, for `others` ranks."""
+    (folder / f"{name}-{rank}").touch()
+    deadline = time.monotonic() + ENOUGH
+    while len(list(folder.glob(f"{name}-*"))) < others and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def scene(name: str, comm: Communicator, last: bool, folder: Path, results: dict[str, str]) -> None:
+    comm.barrier()
+    if last and name == "gone":
+        (folder / "0.time").write_text(str(time.monotonic()), encoding="utf-8")
+        os.kill(os.getpid(), signal.SIGKILL)
+    if not last:
+        if name == "aborted":
+            threading.Timer(0.3, comm.abort).start()
+        start = time.monotonic()
+        results[name] = expect_error(comm)
+        results[f"{name} took"] = f"{time.monotonic() - start:.3f}"
+        start = time.monotonic()
+        comm.close()  # while the last one still neither comes nor goes
+        results[f"closing {name} took"] = f"{time.monotonic() - start:.3f}"
+    if name != "gone":
+        meet_in(folder, name, comm.rank, comm.size)
+    comm.close()
+    try:
+        comm.barrier()
+    except CollectiveError as error:
+        results["closed"] = f"ok {error}"
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    rank, count = int(sys.argv[1]), int(sys.argv[2])
-    ports, descriptors, folder = json.loads(sys.argv[3]), json.loads(sys.argv[4]), Path(sys.argv[5])
-    results: dict[str, str] = {}
-    for size in range(1, count + 1):
-        if rank < size:
-            with join(rank, size, ports[size - 1], descriptors[size - 1] if rank == 0 else None, timeout=30.0) as comm:
-                attempt_all(comm, folder, results)
+    spec = json.loads(sys.argv[1])
+    place, folder, results = Place(spec), Path(spec["folder"]), dict[str, str]()
+    sizes = sorted({size for tried in spec["sizes"].values() for size in tried})
+    report = folder / f"{place.rank}.json"
+    try:
+        for turn, size in enumerate(sizes):
+            comm = place.join(size, turn, ENOUGH)
+            if comm is None:
+                continue
+            with comm:
+                wrappers = [wrapper for wrapper, tried in spec["sizes"].items() if size in tried]
+                if not all(attempt_all(comm, wrapper, folder / f"{size}-{wrapper}", results) for wrapper in wrappers):
+                    return
                 comm.barrier()
-    silent = join(rank, count, ports[count], descriptors[count] if rank == 0 else None, timeout=30.0)
-    gone = join(rank, count, ports[count + 1], descriptors[count + 1] if rank == 0 else None, timeout=30.0)
-    short = Rendezvous(rank=rank, size=count, timeout=1.5)
-    silent._rendezvous = short  # type: ignore[attr-defined]  # a group among the same ranks with a short timeout
-    group = silent.split(range(count))
-    assert group is not None
-    if rank == count - 1:
-        silent.barrier()
-    else:
-        results["silent"] = expect_error(group)
-        silent.barrier()
-    if rank != count - 1:
-        results["gone"] = expect_error(gone)
-    (folder / f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
-    sys.stdout.flush()
-    os._exit(0)
+        for turn, name in enumerate(spec["scenes"], len(sizes)):
+            comm = place.join(place.count, turn, SHORT if name == "silent" else ENOUGH)
+            assert comm is not None
+            report.write_text(json.dumps(results), encoding="utf-8")
+            scene(name, comm, comm.rank == place.count - 1, folder, results)
+    except BaseException:
+        results["error"] = traceback.format_exc()
+    finally:
+        report.write_text(json.dumps(results), encoding="utf-8")
+        sys.stdout.flush()
+        if place.world is not None and "error" not in results:
+            place.world.close()
+        else:
+            os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,16 @@
-"""One suite for every communicator that this machine has, plain and through the wrappers, and the registry.
-
-solo is one rank, loopback 1 to 4 threads, gloo 1 to 4 real processes that run the same cases and report.
+"""The suite on the communicators of one process, solo and loopback (1 to 4 threads), plain and through the wrappers; how the
+others meet; and the registry. For those whose ranks are processes see test_processes.py.
 """
 
-import json
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from communicator_cases import CASES, PROCESS_SIZES, WRAPPERS
+from communicator_cases import CASES, WRAPPERS
 
 from collectives import CollectiveError, Communicator, Rendezvous, available, create
 from collectives.checked import Checked
@@ -21,11 +18,10 @@ from collectives.loopback import loopback
 
 CPU = torch.device("cpu")
 SIZES = (1, 2, 3, 4)
-PROCESSES = 4
 
 
-def run_threads(comms: list[Communicator], call: Callable[[Communicator], object], seconds: float = 60.0) -> list[object]:
-    """`call` on every rank at once; what each returned or raised, by rank. A rank that hangs fails the test."""
+def run_threads(comms: list[Any], call: Callable[[Any], object], seconds: float = 60.0) -> list[object]:
+    """`call` on every rank's communicator at once; what each returned or raised, by rank. A rank that hangs fails the test."""
     results: list[object] = ["hangs"] * len(comms)
 
     def run(rank: int) -> None:
@@ -64,57 +60,27 @@ def test_loopback(wrapper: str, size: int, case: str, tmp_path: Path) -> None:
     raise_first(run_threads(comms, lambda comm: CASES[case](comm, tmp_path)))
 
 
-@pytest.fixture(scope="module")
-def gloo_results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """What each of 4 processes reports. They meet anew for each world size, on ports that the system chose."""
-    folder = tmp_path_factory.mktemp("gloo")
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(PROCESSES + 2)]
-    ports, descriptors = [s.getsockname()[1] for s in listeners], [s.fileno() for s in listeners]
-    script = Path(__file__).with_name("ranks.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(PROCESSES), json.dumps(ports), json.dumps(descriptors), str(folder)],
-            pass_fds=descriptors if rank == 0 else (),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(PROCESSES)
-    ]
-    for listener in listeners:
-        listener.close()
-    try:
-        errors = [process.communicate(timeout=200)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * PROCESSES, errors
-    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(PROCESSES)]
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("wrapper", "size"), [(w, n) for w, sizes in PROCESS_SIZES.items() for n in sizes])
-def test_gloo(wrapper: str, size: int, case: str, gloo_results: list[dict[str, str]]) -> None:
-    told = [results.get(f"{size}/{wrapper}/{case}", "not run: an earlier case failed") for results in gloo_results[:size]]
-    assert told == ["ok"] * size, "\n".join(told)
-
-
-def test_gloo_raises_when_a_peer_is_silent(gloo_results: list[dict[str, str]]) -> None:
-    for rank in range(PROCESSES - 1):
-        assert gloo_results[rank]["silent"].startswith("ok: gloo:"), gloo_results[rank]["silent"]
-
-
-def test_gloo_raises_when_a_peer_ends(gloo_results: list[dict[str, str]]) -> None:
-    for rank in range(PROCESSES - 1):
-        assert gloo_results[rank]["gone"].startswith("ok: gloo:"), gloo_results[rank]["gone"]
-
-
 def test_gloo_names_the_ranks_that_do_not_join() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     rendezvous = Rendezvous(size=3, local_size=3, port=port, listener=listener.detach(), timeout=0.5)
     with pytest.raises(CollectiveError, match=r"ranks \[1, 2\] did not join within 0.5 s"):
         create("gloo", rendezvous, CPU)
+
+
+@pytest.mark.parametrize("names", [("gloo", "shm", "gloo"), ("hierarchical", "gloo", "gloo")])
+def test_ranks_that_chose_different_communicators_are_told_so(names: tuple[str, ...]) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    port, descriptor = listener.getsockname()[1], listener.detach()
+    told = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(names))
+
+    def call(rank: int) -> None:
+        first = descriptor if rank == 0 else None
+        create(names[rank], Rendezvous(rank=rank, size=3, local_size=3, port=port, listener=first, timeout=20.0), CPU)
+
+    for result in run_threads([0, 1, 2], call):
+        assert isinstance(result, ValueError), result
+        assert str(result) == f"ranks chose different communicators ({told}); give every rank the same one"
 
 
 def test_a_closed_gloo_communicator_says_so() -> None:
@@ -178,7 +144,7 @@ def test_checked_passes_close_and_size_on() -> None:
 
 
 def test_registry_names_what_there_is() -> None:
-    assert {"solo", "gloo", "nccl"} <= set(available())
+    assert {"solo", "shm", "gloo", "mpi", "hierarchical", "hierarchical+mpi", "nccl", "hccl"} <= set(available())
     with pytest.raises(ValueError, match=r"'glue' is unknown.*gloo.*nccl.*solo"):
         create("glue", Rendezvous(), CPU)
 

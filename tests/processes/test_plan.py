@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from qtp import LLM, plan
 from qtp.config import ModelConfig
 from qtp.layout.split import Grid
 from qtp.resolve import shares
+from qtp.wire.codec import decode, encode
+from qtp.wire.messages import StepPlan
 
 ROOT = Path(__file__).parents[2]
 DENSE, MOE = ROOT / "qtp/demo/dense", ROOT / "qtp/demo/moe"
@@ -65,3 +68,129 @@ def test_it_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "yes: it fits" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Qwen2-72B shape, 64 query heads and 8 KV heads, cut to one layer; its weights are holes in the file."""
+    folder = tmp_path_factory.mktemp("model") / "checkpoint"
+    code = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "scripts")
+import make_checkpoint as m
+model, out = m.replace(m.MODELS["qwen2-72b"], layers=1), Path(sys.argv[1])
+out.mkdir()
+wanted = list(m.tensors(model))
+with open(out / "model.safetensors", "wb") as file:
+    m.write_header(file, wanted, "BF16", 2)
+    file.truncate(file.tell() + 2 * sum(tensor.elements for tensor in wanted))
+m.write_json(out / "config.json", m.config_json(model, "bfloat16"))
+"""
+    subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True, timeout=120, cwd=ROOT)
+    return folder
+
+
+def crossing(lines: list[str], name: str) -> tuple[int, int]:
+    """(bytes, messages) that the line of `name` tells."""
+    words = next(line for line in lines if line.strip().startswith(f"{name}:")).split()
+    return int(words[words.index("bytes,") - 1]), int(words[words.index("messages") - 1])
+
+
+def test_64_ranks_on_8_nodes(wide: Path) -> None:
+    command = [sys.executable, "-m", "qtp.plan", "--model", wide, "--tp", "64", "--nodes", "8", "--batch", "64", "--memory", "8"]
+    start = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert time.monotonic() - start < 5
+    lines = done.stdout.splitlines()
+    model = ModelConfig.load(wide)
+    rows = shares(model, Grid.of(64), "bfloat16")
+    nodes = [line.split() for line in lines if line.startswith("node ")]
+    assert [row[2] for row in nodes] == [f"{first}-{first + 7}" for first in range(0, 64, 8)]
+    for node, row in enumerate(nodes):
+        here = rows[8 * node : 8 * node + 8]
+        assert int(row[3]) == sum(s.weight_bytes for s in here)
+        assert int(row[4]) == sum(plan.working_bytes(model, s, "bfloat16", plan.STEP_TOKENS) for s in here)
+        assert int(row[5]) == sum(s.kv_bytes_per_token for s in here)
+        assert float(row[6]) == 64
+    assert "3 all_reduce of 2097152 bytes (summed in float32) and one all_gather of 1024 bytes a rank" in done.stdout
+    assert crossing(lines, "gloo") == (3 * 2 * 63 * 32768 + 63 * 1024, 3 * 126 + 63)
+    assert crossing(lines, "hierarchical") == (3 * 2 * 7 * 262144 + 7 * 8 * 1024, 3 * 14 + 7)
+    told = next(line for line in lines if line.startswith("control traffic")).replace(",", "").split()
+    numbers = [int(word) for word in told if word.isdigit()]
+    frame = 4 + len(encode(plan.decode_step(64, model.max_position, 128)))
+    assert numbers == [64, frame, 63, 63 * frame, 56 * frame]
+
+
+def carried(members: int, size: int) -> tuple[int, int]:
+    """(bytes over one link, messages over it) of a ring all_reduce, by passing parts on until every member has every sum."""
+    part = -(-size // members)
+    have = [{p: {m} for p in range(members)} for m in range(members)]  # of which members a part is the sum
+    everyone, sent, rounds = set(range(members)), 0, 0
+    for step in range(2 * (members - 1)):
+        passed = [((m - step) % members, set(have[m][(m - step) % members])) for m in range(members)]
+        for m, (p, sums) in enumerate(passed):
+            there = have[(m + 1) % members]
+            there[p] = sums if step >= members - 1 else there[p] | sums
+        sent, rounds = sent + part, rounds + 1
+    assert all(sums == everyone for each in have for sums in each.values())
+    return sent, rounds
+
+
+@pytest.mark.parametrize("members", [2, 3, 8, 64])
+def test_a_ring_carries_what_the_formula_says(members: int) -> None:
+    found = plan.ring_sum(1000, members)
+    assert (found.sent, found.rounds) == carried(members, 1000)
+
+
+@pytest.mark.parametrize(
+    ("tp", "nodes", "expected"),
+    [
+        (8, 1, [(0, 8)]),
+        (8, 3, [(0, 3), (3, 6), (6, 8)]),
+        (5, 4, [(0, 2), (2, 3), (3, 4), (4, 5)]),
+        (3, 3, [(0, 1), (1, 2), (2, 3)]),
+    ],
+)
+def test_ranks_are_spread_over_nodes_evenly(tp: int, nodes: int, expected: list[tuple[int, int]]) -> None:
+    assert [(ranks.start, ranks.stop) for ranks in plan.placed(tp, nodes)] == expected
+
+
+def test_uneven_nodes_and_one_node(capfd: pytest.CaptureFixture[str]) -> None:
+    code, out = run(capfd, "--model", DENSE, "--tp", 4, "--nodes", 3, "--batch", 8, "--memory", 1)
+    assert code == 0
+    nodes = [line.split() for line in out.splitlines() if line.startswith("node ")]
+    assert [(row[2], row[-1]) for row in nodes] == [("0-1", "2.00"), ("2-2", "1.00"), ("3-3", "1.00")]
+    # 13 sums of 8 rows of 256 float32 values, then 128 bytes a rank, of 2 ranks where hosts pass on what they have
+    assert crossing(out.splitlines(), "gloo") == (13 * 2 * 3 * 2048 + 3 * 128, 13 * 6 + 3)
+    assert crossing(out.splitlines(), "hierarchical") == (13 * 2 * 2 * 2731 + 2 * 2 * 128, 13 * 4 + 2)
+    code, out = run(capfd, "--model", DENSE, "--tp", 4, "--memory", 1)
+    assert code == 0
+    assert "node " not in out
+    assert "in all, 0 of them to other hosts" in out
+    assert "control traffic" not in run(capfd, "--model", DENSE)[1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (("--nodes", 5), "error: --nodes 5 is more than the 4 ranks of --tp; use 4 or fewer nodes, or raise --tp\n"),
+        (("--nodes", 0), "error: --nodes 0 must be at least 1\n"),
+        (("--nodes", -3), "error: --nodes -3 must be at least 1\n"),
+        (("--batch", 0), "error: --batch 0 must be at least 1\n"),
+    ],
+)
+def test_impossible_nodes_are_one_line(capfd: pytest.CaptureFixture[str], argv: tuple[object, ...], error: str) -> None:
+    capfd.readouterr()
+    assert plan.main(["--model", str(DENSE), "--tp", "4", *map(str, argv)]) == 2
+    assert capfd.readouterr() == ("", error)
+
+
+def test_the_decode_step_is_one_that_travels() -> None:
+    step = plan.decode_step(256, 4096, 128)
+    assert decode(encode(step)) == step
+    assert isinstance(step, StepPlan)
+    assert len({chunk.seq_id for chunk in step.chunks}) == 256
+    assert sum(len(chunk.new_blocks) for chunk in step.chunks) == 2
+    assert all(chunk.count == 1 and chunk.sample and len(chunk.appended) == 1 for chunk in step.chunks)
