@@ -58,7 +58,7 @@ _SUMMED = {
     )
 }
 _SLOT_BYTES = 256 * 1024
-_ONE_STEP_BYTES = 32 * 1024
+_ONE_STEP_BYTES = 1024 * 1024  # over the square of the number of ranks; measured at 2
 _PAGE = 4096
 _LEAST_SLOT = 64 * 8  # bytes a rank, so that every rank has a piece of a chunk
 _SPIN = 1.5e-3  # seconds of waiting before a rank sleeps, where each has a core of its own
@@ -304,7 +304,7 @@ def _mapped(cards: Sequence[_Card], me: int, members: Sequence[int], own: int, t
             members.index(me),
             tuple(cards[rank].pid for rank in members),
             slot,
-            _ONE_STEP_BYTES,
+            _ONE_STEP_BYTES // size**2,
             timeout,
             _SPIN if _each_has_a_core([cards[rank].cores for rank in members]) else 0.0,
         )

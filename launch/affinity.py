@@ -262,7 +262,7 @@ def _quota(root: Path) -> float:
         if controllers and "cpu" not in controllers.split(","):
             continue
         limit = _limit_1 if controllers else _limit_2
-        steps = [step for step in path.split("/") if step not in ("", "..")]
+        steps = path.strip().split("/")[1:]
         for mount in (controllers, "cpu") if controllers else ("", "unified"):
             for depth in range(len(steps) + 1):
                 least = min(least, limit((root / "sys/fs/cgroup" / mount).joinpath(*steps[:depth])))

@@ -38,7 +38,7 @@ class LocalRanks:
             code = child.wait(patience)
         except subprocess.TimeoutExpired:
             return None
-        return RankDied(rank, socket.gethostname(), child.pid, f"ended with {_exit(code)}")
+        return RankDied(rank, socket.gethostname(), child.pid, f"ended with {how_it_ended(code)}")
 
     def kill(self, rank: int) -> None:
         """Ends the child with `rank` at once, even one that is stopped."""
@@ -120,5 +120,6 @@ def _has_fd(stream: object) -> bool:
         return False
 
 
-def _exit(code: int) -> str:
+def how_it_ended(code: int) -> str:
+    """A process's return code, as subprocess has it, in words."""
     return f"signal {-code}" if code < 0 else f"exit code {code}"

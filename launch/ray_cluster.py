@@ -18,7 +18,7 @@ from typing import Any
 from collectives.errors import CollectiveError
 from collectives.rendezvous import Rendezvous
 from launch.detect import TOKEN
-from launch.local import _exit, new_token
+from launch.local import how_it_ended, new_token
 from launch.ray_connect import Node, amounts, join, line
 from launch.ray_keeper import Keeper, handed_on, visible_devices
 from launch.watch import RankDied
@@ -104,7 +104,7 @@ class RayRanks:
                 if news["code"] is None:
                     waiting[self._keepers[rank - 1].news.remote(_NEWS)] = rank
                 else:
-                    self._end(rank, f"ended with {_exit(news['code'])}")
+                    self._end(rank, f"ended with {how_it_ended(news['code'])}")
         for rank in waiting.values():
             self._end(rank, "Ray was shut down")
 

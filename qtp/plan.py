@@ -175,12 +175,12 @@ def command(argv: list[str] | None) -> int:
 
 
 def _print_nodes(model: ModelConfig, dtype: str, rows: list[RankShare], nodes: list[range], memory: int, batch: int) -> None:
-    print("        ranks  weights(bytes)  working(bytes)  KV(bytes/token)  ranks' memory(GiB)")
+    print("            ranks  weights(bytes)  working(bytes)  KV(bytes/token)  ranks' memory(GiB)")
     for number, ranks in enumerate(nodes):
         here = [rows[rank] for rank in ranks]
         weights, kv = sum(s.weight_bytes for s in here), sum(s.kv_bytes_per_token for s in here)
         working = sum(working_bytes(model, s, dtype, STEP_TOKENS) for s in here)
-        print(f"node {number:<3} {_span(ranks):>4}  {weights:14}  {working:14}  {kv:15}  {len(ranks) * memory / 2**30:18.2f}")
+        print(f"node {number:<3} {_span(ranks):>8}  {weights:14}  {working:14}  {kv:15}  {len(ranks) * memory / 2**30:18.2f}")
     calls, size = 1 + 2 * model.num_layers, batch * model.hidden_size * SUM_BYTES
     print(
         f"across hosts in a decode step of {batch} sequences: {calls} all_reduce of {size} bytes (summed in float32) and one "

@@ -209,7 +209,7 @@ def run_cell(cell: Cell) -> Outcome:
             try:
                 return _observe(cell, process, folder, before)
             finally:
-                _end_session(process)
+                _end(process, folder)
 
 
 def _observe(cell: Cell, process: subprocess.Popen[bytes], folder: Path, files: set[str]) -> Outcome:
@@ -305,12 +305,13 @@ def _what(pid: int) -> str:
         return "?"
 
 
-def _end_session(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """Ends what is left of a cell: its processes, in whatever session, have the folder in their environment."""
     for other in psutil.process_iter():
         try:
-            if os.getsid(other.pid) == process.pid:
+            if other.pid != os.getpid() and str(folder) in other.environ().get("PYTHONPATH", ""):
                 other.kill()
-        except (psutil.Error, OSError):
+        except psutil.Error:
             pass
     process.wait()
 

@@ -23,7 +23,8 @@ namespace {
 
 constexpr int kBriefSpins = 200;
 constexpr double kSlice = 0.05;  // seconds of sleep between two looks at the peers
-constexpr size_t kSumAlign = 64;
+constexpr size_t kSumAlign = 64;  // elements
+constexpr size_t kChunks = 4;     // at least, so that ranks copy and add while others do
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -119,7 +120,8 @@ bool Group::all_reduce(char* x, size_t count, DType dtype, const Caller& caller)
   }
   // In chunks: each rank sums its piece of a chunk, then all copy all pieces. The pieces of a chunk travel with the inputs of
   // the next one, in the second part of the slot.
-  const size_t piece = shape_.slot_bytes / (n + 1) / item / kSumAlign * kSumAlign, chunk = piece * n;
+  const size_t most = shape_.slot_bytes / (n + 1) / item / kSumAlign * kSumAlign;
+  const size_t piece = least(most, (count / (kChunks * n) + kSumAlign) / kSumAlign * kSumAlign), chunk = piece * n;
   for (size_t start = 0, before = 0;; before = start, start += chunk) {
     const bool first = start == 0, last = start >= count;
     if (!last) {

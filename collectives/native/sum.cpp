@@ -94,7 +94,6 @@ QTP_INLINE void sum(void* out_, const void* const* in, int n, size_t count) {
 
 #define QTP_SUMS(isa, how)                                                                                                 \
   how void f32_##isa(void* out, const void* const* in, int n, size_t count) { sum<Plain<float>>(out, in, n, count); }      \
-  how void bf16_##isa(void* out, const void* const* in, int n, size_t count) { sum<BFloat16>(out, in, n, count); }         \
   how void f64_##isa(void* out, const void* const* in, int n, size_t count) { sum<Plain<double>>(out, in, n, count); }     \
   how void i8_##isa(void* out, const void* const* in, int n, size_t count) { sum<Plain<uint8_t>>(out, in, n, count); }     \
   how void i16_##isa(void* out, const void* const* in, int n, size_t count) { sum<Plain<uint16_t>>(out, in, n, count); }   \
@@ -105,6 +104,7 @@ QTP_INLINE void sum(void* out_, const void* const* in, int n, size_t count) {
 
 QTP_SUMS(baseline, )
 
+void bf16_baseline(void* out, const void* const* in, int n, size_t count) { sum<BFloat16>(out, in, n, count); }
 void f16_baseline(void* out, const void* const* in, int n, size_t count) { sum<Float16>(out, in, n, count); }
 
 const Kernels kBaseline = QTP_TABLE(baseline);
@@ -117,38 +117,110 @@ const Kernels kBaseline = QTP_TABLE(baseline);
 QTP_SUMS(avx2, QTP_AVX2)
 QTP_SUMS(avx512, QTP_AVX512)
 
+// Halves by hand: 8 or 16 at a time are read as floats, added over the ranks, rounded and written.
 const uint16_t* at(const void* const* in, int r, size_t i) { return static_cast<const uint16_t*>(in[r]) + i; }
 
+template <class E>
 void rest(void* out, const void* const* in, int n, size_t done, size_t count) {
-  uint16_t* to = static_cast<uint16_t*>(out);
   for (size_t i = done; i < count; ++i) {
-    float total = Float16::widen(*at(in, 0, i));
-    for (int r = 1; r < n; ++r) total += Float16::widen(*at(in, r, i));
-    to[i] = Float16::narrow(total);
+    float total = E::widen(*at(in, 0, i));
+    for (int r = 1; r < n; ++r) total += E::widen(*at(in, r, i));
+    static_cast<uint16_t*>(out)[i] = E::narrow(total);
   }
 }
 
-QTP_AVX2 void f16_avx2(void* out, const void* const* in, int n, size_t count) {
-  size_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    __m256 total = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at(in, 0, i))));
-    for (int r = 1; r < n; ++r)
-      total = _mm256_add_ps(total, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at(in, r, i)))));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(out) + i), _mm256_cvtps_ph(total, 0));
-  }
-  rest(out, in, n, i, count);
-}
+struct Narrow8 {  // AVX2
+  using wide = __m256;
+  static constexpr size_t kWidth = 8;
+  static QTP_AVX2 inline __m128i load(const uint16_t* x) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x)); }
+  static QTP_AVX2 inline void store(uint16_t* x, __m128i y) { _mm_storeu_si128(reinterpret_cast<__m128i*>(x), y); }
+  static QTP_AVX2 inline __m256 add(__m256 x, __m256 y) { return _mm256_add_ps(x, y); }
+};
 
-QTP_AVX512 void f16_avx512(void* out, const void* const* in, int n, size_t count) {
-  size_t i = 0;
-  for (; i + 16 <= count; i += 16) {
-    __m512 total = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at(in, 0, i))));
-    for (int r = 1; r < n; ++r)
-      total = _mm512_add_ps(total, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at(in, r, i)))));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(out) + i), _mm512_cvtps_ph(total, 0));
+struct F16x8 : Narrow8 {
+  using one = Float16;
+  static QTP_AVX2 inline __m256 get(const uint16_t* x) { return _mm256_cvtph_ps(load(x)); }
+  static QTP_AVX2 inline void put(uint16_t* x, __m256 y) { store(x, _mm256_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT)); }
+};
+
+struct BF16x8 : Narrow8 {
+  using one = BFloat16;
+  static QTP_AVX2 inline __m256 get(const uint16_t* x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load(x)), 16));
   }
-  rest(out, in, n, i, count);
-}
+  static QTP_AVX2 inline void put(uint16_t* x, __m256 y) {
+    const __m256i u = _mm256_castps_si256(y);
+    const __m256i even = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(even, _mm256_set1_epi32(0x7FFF))), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(y, y, _CMP_UNORD_Q));
+    const __m256i all = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(all, all), 0x08);
+    store(x, _mm256_castsi256_si128(packed));
+  }
+};
+
+struct Narrow16 {  // AVX-512
+  using wide = __m512;
+  static constexpr size_t kWidth = 16;
+  static QTP_AVX512 inline __m256i load(const uint16_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
+  static QTP_AVX512 inline void store(uint16_t* x, __m256i y) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), y); }
+  static QTP_AVX512 inline __m512 add(__m512 x, __m512 y) { return _mm512_add_ps(x, y); }
+};
+
+struct F16x16 : Narrow16 {
+  using one = Float16;
+  static QTP_AVX512 inline __m512 get(const uint16_t* x) { return _mm512_cvtph_ps(load(x)); }
+  static QTP_AVX512 inline void put(uint16_t* x, __m512 y) { store(x, _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT)); }
+};
+
+struct BF16x16 : Narrow16 {
+  using one = BFloat16;
+  static QTP_AVX512 inline __m512 get(const uint16_t* x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load(x)), 16));
+  }
+  static QTP_AVX512 inline void put(uint16_t* x, __m512 y) {
+    const __m512i u = _mm512_castps_si512(y);
+    const __m512i even = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(even, _mm512_set1_epi32(0x7FFF))), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
+    store(x, _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0))));
+  }
+};
+
+// A line of a peer's slot comes from the peer's cache, and there are too many instructions a line for the processor to look far
+// ahead by itself: without this, 32 KB of bfloat16 at 2 ranks take 11 us instead of 7.
+constexpr size_t kAhead = 512;
+
+#define QTP_HALVES(name, how, V)                                                                 \
+  how void name(void* out, const void* const* in, int n, size_t count) {                         \
+    constexpr size_t w = V::kWidth;                                                              \
+    uint16_t* to = static_cast<uint16_t*>(out);                                                  \
+    size_t i = 0;                                                                                \
+    if (n == 2) {                                                                                \
+      for (; i + 2 * w <= count; i += 2 * w) {                                                   \
+        __builtin_prefetch(at(in, 0, i + kAhead));                                               \
+        __builtin_prefetch(at(in, 1, i + kAhead));                                               \
+        const V::wide low = V::add(V::get(at(in, 0, i)), V::get(at(in, 1, i)));                  \
+        const V::wide high = V::add(V::get(at(in, 0, i + w)), V::get(at(in, 1, i + w)));         \
+        V::put(to + i, low);                                                                     \
+        V::put(to + i + w, high);                                                                \
+      }                                                                                          \
+    }                                                                                            \
+    for (; i + w <= count; i += w) {                                                             \
+      V::wide total = V::get(at(in, 0, i));                                                      \
+      for (int r = 1; r < n; ++r) {                                                              \
+        __builtin_prefetch(at(in, r, i + kAhead));                                               \
+        total = V::add(total, V::get(at(in, r, i)));                                             \
+      }                                                                                          \
+      V::put(to + i, total);                                                                     \
+    }                                                                                            \
+    rest<V::one>(out, in, n, i, count);                                                          \
+  }
+
+QTP_HALVES(f16_avx2, QTP_AVX2, F16x8)
+QTP_HALVES(bf16_avx2, QTP_AVX2, BF16x8)
+QTP_HALVES(f16_avx512, QTP_AVX512, F16x16)
+QTP_HALVES(bf16_avx512, QTP_AVX512, BF16x16)
 
 const Kernels kAvx2 = QTP_TABLE(avx2);
 const Kernels kAvx512 = QTP_TABLE(avx512);

@@ -79,6 +79,8 @@ def test_one_more_rank_than_physical_cores_uses_every_first_sibling_before_a_sec
     smt = machine(range(4), smt=2, first_siblings=4)
     assert shares(5, smt) == [("0", 1), ("1", 1), ("2", 1), ("3", 1), ("4", 1)]
     assert shares(8, smt) == [(str(c), 1) for c in range(8)]
+    neighbours = Topology(((0, frozenset(range(4))),), (frozenset({0, 1}), frozenset({2, 3})))
+    assert shares(3, neighbours) == [("0", 1), ("2", 1), ("1", 1)]
 
 
 def test_a_cpuset_cuts_nodes_and_physical_cores() -> None:
@@ -197,14 +199,15 @@ NODE, CPU = "sys/devices/system/node", "sys/devices/system/cpu"
 
 
 def test_the_topology_is_read_from_sys(tmp_path: Path) -> None:
-    files = {f"{NODE}/node0/cpulist": "0-1,4-5", f"{NODE}/node10/cpulist": "3,7", f"{NODE}/node2/cpulist": ""}
-    for first, second in ((0, 4), (1, 5), (3, 7)):
+    files = {f"{NODE}/node0/cpulist": "0-1,4-5", f"{NODE}/node10/cpulist": "3,7"}
+    files |= {f"{NODE}/node2/cpulist": "2", f"{NODE}/node3/cpulist": ""}
+    for first, second in ((0, 4), (1, 5), (2, 2), (3, 7)):
         for core in (first, second):
             files[f"{CPU}/cpu{core}/topology/core_cpus_list"] = f"{first},{second}"
     files[f"{CPU}/cpufreq/x"] = files[f"{CPU}/cpuidle/x"] = files[f"{NODE}/online"] = "0"
     found = topology(tree(tmp_path, files))
-    assert found.nodes == ((0, frozenset({0, 1, 4, 5})), (10, frozenset({3, 7})))
-    assert found.siblings == (frozenset({0, 4}), frozenset({1, 5}), frozenset({3, 7}))
+    assert found.nodes == ((0, frozenset({0, 1, 4, 5})), (2, frozenset({2})), (10, frozenset({3, 7})))
+    assert found.siblings == (frozenset({0, 4}), frozenset({1, 5}), frozenset({2}), frozenset({3, 7}))
 
 
 def test_older_kernels_tell_siblings_under_another_name(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted(f for room in ("collectives", "launch", "qtp") for f in (ROOT / room).rglob("*.py"))
 NAMES = [f.relative_to(ROOT).as_posix() for f in FILES]
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
-READS_ENVIRONMENT = {"launch/detect.py", "launch/affinity.py", "launch/local.py"}
+READS_ENVIRONMENT = {"launch/detect.py", "launch/local.py", "launch/ray_keeper.py"}
 each_file = pytest.mark.parametrize("file", FILES, ids=NAMES)
 each_file_and_script = pytest.mark.parametrize(
     "file", FILES + SCRIPTS, ids=[*NAMES, *(f.relative_to(ROOT).as_posix() for f in SCRIPTS)]
