@@ -57,23 +57,24 @@ def _are_texts(value: str | Sequence[str]) -> bool:
     return all(isinstance(text, str) and text for text in ([value] if isinstance(value, str) else value))
 
 
+_MUCH = 2**31  # what no count or id reaches, and what a plan can carry
 _Rule = tuple[Any, bool, Callable[[Any], bool], str]
 
 # name -> (type, may be None, what holds of a good value, that in words); a comparison with NaN does not hold
 _RULES: dict[str, _Rule] = {
-    "max_tokens": (int, True, lambda v: v >= 1, "an integer of at least 1"),
-    "min_tokens": (int, False, lambda v: v >= 0, "an integer of 0 or more"),
+    "max_tokens": (int, True, lambda v: 1 <= v < _MUCH, "an integer of at least 1, below 2**31"),
+    "min_tokens": (int, False, lambda v: 0 <= v < _MUCH, "an integer of 0 or more, below 2**31"),
     "temperature": (float, False, lambda v: 0 <= v < inf, "a number of 0 or more"),
     "top_p": (float, False, lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    "top_k": (int, False, lambda v: v >= -1, "an integer, 0 (off) or more"),
+    "top_k": (int, False, lambda v: -1 <= v < _MUCH, "an integer, 0 (off) or more, below 2**31"),
     "min_p": (float, False, lambda v: 0 <= v <= 1, "between 0 and 1"),
     "repetition_penalty": (float, False, lambda v: 0 < v < inf, "a number above 0"),
     "presence_penalty": (float, False, lambda v: -2 <= v <= 2, "between -2 and 2"),
     "frequency_penalty": (float, False, lambda v: -2 <= v <= 2, "between -2 and 2"),
     "seed": (int, True, lambda v: 0 <= v < 2**63, "an integer between 0 and 2**63 - 1"),
     "stop": (str | list | tuple, True, _are_texts, "text that is not empty, or a list of such"),
-    "stop_token_ids": (list | tuple, True, lambda v: all(type(i) is int for i in v), "a list of ids"),
+    "stop_token_ids": (list | tuple, True, lambda v: all(type(i) is int and 0 <= i < _MUCH for i in v), "a list of ids"),
     "n": (int, False, lambda v: 1 <= v <= 1024, "between 1 and 1024"),
-    "logprobs": (int, True, lambda v: v >= -1, "an integer, -1 (all), 0 or more"),
-    "prompt_logprobs": (int, True, lambda v: v >= -1, "an integer, -1 (all), 0 or more"),
+    "logprobs": (int, True, lambda v: -1 <= v < _MUCH, "an integer, -1 (all), 0 or more, below 2**31"),
+    "prompt_logprobs": (int, True, lambda v: -1 <= v < _MUCH, "an integer, -1 (all), 0 or more, below 2**31"),
 }

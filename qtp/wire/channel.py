@@ -10,8 +10,7 @@ from collections.abc import Callable
 from typing import Self
 
 from launch.watch import RankDied, Sign
-from qtp.wire.codec import encode
-from qtp.wire.frames import MAX_FRAME, MAX_HELLO, Closed, read_message, send, send_message, shut
+from qtp.wire.frames import MAX_FRAME, MAX_HELLO, Closed, framed, read_message, shut
 from qtp.wire.messages import Failure, Hello, Message, Ping, Pong, Ready, Stop, Welcome
 
 LOST = "process is gone"
@@ -73,7 +72,7 @@ class Leader(ABC):
 
     def send(self, message: Message) -> None:
         """To every other rank. RankDied if one is gone."""
-        self._deliver(encode(message))
+        self._deliver(message)
         death = self._inbox.failure(0)
         if death is not None:
             raise death
@@ -92,8 +91,8 @@ class Leader(ABC):
         self._inbox.dead(death)
 
     @abstractmethod
-    def _deliver(self, frame: bytes) -> None:
-        """Sends one encoded message to every follower; whom it does not reach is noted as lost."""
+    def _deliver(self, message: Message) -> None:
+        """Sends a message to every follower; whom it does not reach is noted as lost."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -159,12 +158,12 @@ class SocketLeader(Leader):
 
     def ping(self) -> None:
         """Asks every follower for a sign of life. Never blocks for long: a follower that is being sent something is left out."""
-        frame = encode(Ping())
+        frame = framed(Ping())
         for peer in self._peers.values():
             peer.unanswered += 1
             if peer.sending.acquire(blocking=False):
                 try:
-                    send(peer.connection, frame)
+                    peer.connection.sendall(frame)
                 except OSError:
                     self._inbox.lost(peer.hello, LOST)
                 finally:
@@ -184,11 +183,12 @@ class SocketLeader(Leader):
         for connection in [*self._strangers, *(peer.connection for peer in self._peers.values())]:
             shut(connection)
 
-    def _deliver(self, frame: bytes) -> None:
+    def _deliver(self, message: Message) -> None:
+        frame = framed(message)
         for peer in self._peers.values():
             try:
                 with peer.sending:
-                    send(peer.connection, frame)
+                    peer.connection.sendall(frame)
             except OSError:
                 self._inbox.lost(peer.hello, LOST)
 
@@ -218,7 +218,7 @@ class SocketLeader(Leader):
                 return None
             self._strangers.discard(connection)  # before `accept` sees that all are there and ends the strangers
             try:
-                send_message(connection, self._welcome)
+                connection.sendall(framed(self._welcome))
             except OSError:
                 return None
             peer = self._peers[hello.rank] = _Peer(hello, connection)
@@ -253,7 +253,7 @@ class SocketFollower(Follower):
         self._messages: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
         self._closed = False
         try:
-            send_message(self._socket, hello)
+            self._socket.sendall(framed(hello))
             welcome = read_message(self._socket, MAX_HELLO)
         except (Closed, OSError):
             shut(self._socket)
@@ -280,7 +280,7 @@ class SocketFollower(Follower):
     def send(self, message: Message) -> None:
         try:
             with self._sending:
-                send_message(self._socket, message)
+                self._socket.sendall(framed(message))
         except OSError:
             raise Closed("rank 0 is gone") from None
 

@@ -17,12 +17,10 @@ class Closed(Exception):
     """The other end of the channel is gone."""
 
 
-def send(peer: socket.socket, frame: bytes) -> None:
-    peer.sendall(_LENGTH.pack(len(frame)) + frame)
-
-
-def send_message(peer: socket.socket, message: Message) -> None:
-    send(peer, encode(message))
+def framed(message: Message) -> bytes:
+    """The bytes of a message on the wire."""
+    frame = encode(message)
+    return _LENGTH.pack(len(frame)) + frame
 
 
 def read_message(peer: socket.socket, limit: int, waiting: Callable[[], None] | None = None, tick: float = 1.0) -> Message:

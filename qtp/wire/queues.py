@@ -13,7 +13,8 @@ class QueueLeader(Leader):
         super().__init__(size)
         self.followers = [QueueFollower(rank, self._inbox) for rank in range(1, size)]
 
-    def _deliver(self, frame: bytes) -> None:
+    def _deliver(self, message: Message) -> None:
+        frame = encode(message)
         for follower in self.followers:
             follower.frames.put(frame)
 
