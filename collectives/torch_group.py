@@ -6,6 +6,7 @@ hold several communicators.
 
 import itertools
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -200,14 +201,15 @@ def join(rendezvous: Rendezvous, backend: str) -> Any:
     on every rank if the names of their backends differ."""
     timeout = timedelta(seconds=rendezvous.timeout)
     serves = _serves(rendezvous)
+    port, listener = _listening(rendezvous) if serves else (rendezvous.port, None)
     with _as_collective_error("store"):
         store = dist.TCPStore(
             rendezvous.address,
-            rendezvous.port,
+            port,
             is_master=serves,
             timeout=timeout,
             wait_for_workers=False,
-            master_listen_fd=rendezvous.listener if serves else None,
+            master_listen_fd=listener,
         )
         shared = dist.PrefixStore(f"qtp/{rendezvous.attempt}", store)
         if shared.add(f"here/{rendezvous.rank}", 1) > 1:
@@ -227,6 +229,23 @@ def join(rendezvous: Rendezvous, backend: str) -> Any:
 def exchange(rendezvous: Rendezvous, backend: str) -> Exchange:
     """Joins the ranks and returns what gathers a small blob of each of them, in rank order, as often as all ranks call it."""
     return _exchange_over(join(rendezvous, backend), "exchange", rendezvous)
+
+
+def _listening(rendezvous: Rendezvous) -> tuple[int, int]:
+    """The port and descriptor on which rank 0 serves the store: on the rendezvous's address alone, while a store that made its
+    own socket would listen on all of the host's."""
+    if rendezvous.listener is not None:
+        return rendezvous.port, rendezvous.listener
+    address, port = rendezvous.address, rendezvous.port
+    try:
+        family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+        server = socket.create_server((address, port), family=family, backlog=max(rendezvous.size, 16))
+    except OSError as error:
+        raise ValueError(
+            f"rank 0 cannot listen on {address}:{port} ({error.strerror}); set MASTER_ADDR to an address of its host, and "
+            "MASTER_PORT to a free port of it"
+        ) from None
+    return server.getsockname()[1], server.detach()
 
 
 def _serves(rendezvous: Rendezvous) -> bool:

@@ -22,7 +22,7 @@ from qtp.worker.joining import communicator, fingerprint, hear_endpoint, use_cor
 from qtp.worker.worker import Worker
 
 _LOST_PATIENCE = 1.5
-_STOP_PATIENCE = 3.0
+_STOP_PATIENCE = 2.0
 _WAIT_FOR_WORD = 4.0
 
 

@@ -101,19 +101,18 @@ class Ranks:
     def close(self) -> None:
         """Tells the other ranks to stop, and waits for those that this process started. Harmless when repeated."""
         with self._closing:
-            told = self._channel is not None
-            if self._channel is not None:
+            channel, self._channel = self._channel, None  # first, so that the watch takes what follows for no death
+            if channel is not None:
                 try:
-                    self._channel.send(Stop())
+                    channel.send(Stop())
                 except RankDied:
                     pass
-                self._channel.close()
-                self._channel = None
+                channel.close()
             if self._comm is not None:  # before waiting: a rank in the midst of a collective ends with it
                 self._comm.close()
                 self._comm = None
             if self._started is not None:
-                self._started.stop(grace=0.0 if not told else _GRACE if self._cause is None else _GRACE_AFTER_DEATH)
+                self._started.stop(grace=0.0 if channel is None else _GRACE if self._cause is None else _GRACE_AFTER_DEATH)
                 self._started = None
             for thread in self._threads:
                 thread.join()
@@ -183,7 +182,7 @@ class Ranks:
     def _death(self) -> RankDied | None:
         """The first death among the other ranks that can be found out within a few seconds, if any."""
         channel = self._channel
-        return self._in_full(channel.failure(_WAIT_FOR_CAUSE)) if channel is not None else None
+        return self._in_full(channel.failure(_WAIT_FOR_CAUSE)) if channel is not None else self._cause
 
     def _in_full(self, death: RankDied | None) -> RankDied | None:
         """How a child ended says more than that its connection was lost; what it told itself says most."""
