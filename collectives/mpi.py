@@ -40,7 +40,7 @@ _TYPES = {
     torch.uint8: "UINT8_T",
 }
 _MOST = 2**31 - 1
-_SMALL = 1 << 16  # bytes of all ranks together, up to which a sum goes by one all-gather
+_SMALL = 1 << 18  # bytes of all ranks together, up to which a sum goes by one all-gather
 _PATIENCE = 1.0
 _TICK = 0.01
 
@@ -79,12 +79,13 @@ def library() -> Library:
 
 class MpiGroup(Communicator):
     """A communicator of MPI's, for CPU tensors. root: this one's end is the end of MPI in this process, see `close`."""
-    abortable = False
 
+    abortable = False
 
     def __init__(self, library: Library, comm: Any, *, root: bool) -> None:
         self.rank, self.size, self.device = comm.Get_rank(), comm.Get_size(), torch.device("cpu")
         self._library, self._mpi, self._comm, self._root = library, library.module, comm, root
+        self._types = {dtype: getattr(self._mpi, name) for dtype, name in _TYPES.items()}
         self._failed = self._closed = False
         comm.Set_errhandler(self._mpi.ERRORS_RETURN)
         if root and library.ours:
@@ -116,7 +117,9 @@ class MpiGroup(Communicator):
         _check_length("all_gather", sum(rows) * row)
         if joined.numel():
             sent, received = _bytes(mine.contiguous()), _bytes(joined)
-            self._run(lambda: self._comm.Allgatherv(self._raw(sent), self._parts(received, [n * row for n in rows], "BYTE")))
+            self._run(
+                lambda: self._comm.Allgatherv(self._raw(sent), self._parts(received, [n * row for n in rows], self._mpi.BYTE))
+            )
         return joined.movedim(0, dim)
 
     def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
@@ -197,17 +200,16 @@ class MpiGroup(Communicator):
         counts = [high - low for low, high in pairwise(cuts)]
         mine = flat.new_empty(counts[self.rank])
         self._run(lambda: self._comm.Reduce_scatter(self._numbers(flat), self._numbers(mine), counts))
-        self._run(lambda: self._comm.Allgatherv(self._numbers(mine), self._parts(flat, counts, _TYPES[flat.dtype])))
+        self._run(lambda: self._comm.Allgatherv(self._numbers(mine), self._parts(flat, counts, self._types[flat.dtype])))
 
     def _run(self, call: Callable[[], Any]) -> Any:
         if self._closed or self._failed:
             raise CollectiveError(f"mpi: the communicator {'is closed' if self._closed else 'has failed or was aborted'}")
         try:
-            with naming_failures(self._library):
-                return call()
-        except CollectiveError:
+            return call()
+        except self._mpi.Exception as error:
             self._failed = True
-            raise
+            raise _failure(error) from None
 
     def _summed_in(self, dtype: torch.dtype) -> torch.dtype:
         wide = torch.float32 if dtype in _HALF else dtype
@@ -216,13 +218,13 @@ class MpiGroup(Communicator):
         return wide
 
     def _numbers(self, x: Tensor) -> list[Any]:
-        return [x.numpy(), getattr(self._mpi, _TYPES[x.dtype])]  # no count: mpi4py would take it for that of one rank
+        return [x.numpy(), self._types[x.dtype]]  # no count: mpi4py would take it for that of one rank
 
     def _raw(self, x: Tensor) -> list[Any]:
         return [x.numpy(), self._mpi.BYTE]
 
-    def _parts(self, x: Tensor, counts: Sequence[int], kind: str) -> list[Any]:
-        return [x.numpy(), counts, [0, *accumulate(counts[:-1])], getattr(self._mpi, kind)]
+    def _parts(self, x: Tensor, counts: Sequence[int], kind: Any) -> list[Any]:
+        return [x.numpy(), counts, [0, *accumulate(counts[:-1])], kind]
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -257,7 +259,11 @@ def naming_failures(library: Library) -> Iterator[None]:
     try:
         yield
     except library.module.Exception as error:
-        raise CollectiveError(f"mpi: {' '.join(error.Get_error_string().split())}") from None
+        raise _failure(error) from None
+
+
+def _failure(error: Any) -> CollectiveError:
+    return CollectiveError(f"mpi: {' '.join(error.Get_error_string().split())}")
 
 
 def create(rendezvous: Rendezvous, device: torch.device) -> Communicator:

@@ -17,6 +17,15 @@ def own_address(towards: str) -> str:
         raise ValueError(f"address {towards!r} cannot be reached ({error}); set MASTER_ADDR to the address of rank 0") from None
 
 
+def listens(address: str, port: int, patience: float = 1.0) -> bool:
+    """Whether someone accepts connections there."""
+    try:
+        socket.create_connection((address, port), patience).close()
+    except OSError:
+        return False
+    return True
+
+
 def machine_identity() -> str:
     """Equal for two processes if and only if they run under one kernel and see the same process ids, so that each can name,
     watch and end the other by its process id: the boot id and the pid namespace. "" where the system does not tell."""

@@ -169,8 +169,9 @@ class TorchGroup(Communicator):
                     work.wait(_SLICE)
                     return
                 except RuntimeError:
-                    if work.is_completed():
-                        raise
+                    if work.is_completed():  # failed, or done just after the slice was over: this tells which
+                        work.wait(_SLICE)
+                        return
             raise CollectiveError(f"{self._backend.name}: the communicator was aborted")
         finally:
             if not work.is_completed():

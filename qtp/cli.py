@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from collectives.errors import CollectiveError
+from collectives.network import listens
+from collectives.rendezvous import Rendezvous
 from launch.detect import detect
 from launch.signals import Interrupted, interrupting
 from launch.watch import RankDied, last_words
@@ -88,12 +90,15 @@ def run(command: Callable[[], int]) -> int:
 
 def _say(line: str) -> None:
     """Rank 0 speaks. The others, which fail in the same way, first leave it the time to: launchers end all ranks when the
-    first one ends. Whoever is still there after that met something that rank 0 did not, and tells."""
+    first one ends. A rank that is still there after that, while rank 0 waits for it, met something that rank 0 did not, and
+    tells."""
     try:
-        rank = detect().rank
+        rendezvous = detect()
     except ValueError:  # the environment itself is the mistake
-        rank = 0
-    if rank > 0:
+        rendezvous = Rendezvous()
+    if rendezvous.rank > 0:
         time.sleep(_PATIENCE)
-        line = f"rank {rank}: {line}"
+        if rendezvous.port and not listens(rendezvous.address, rendezvous.port):
+            return
+        line = f"rank {rendezvous.rank}: {line}"
     print(line, file=sys.stderr, flush=True)

@@ -190,6 +190,10 @@ def _check_communicator(config: EngineConfig, world_size: int) -> None:
         raise ValueError(f"communicator {config.communicator!r} is unknown; choose one of auto, {', '.join(known)}")
     if config.communicator == "solo" and config.tp > 1:
         raise ValueError(f"communicator 'solo' serves one rank, not tp {config.tp}; choose auto")
+    if "mpi" in config.communicator and world_size == 1 and config.tp > 1:
+        raise ValueError(
+            f"communicator {config.communicator!r} needs ranks started by mpirun or srun; use mpirun -n {config.tp}, or choose auto"
+        )
     if config.communicator == "loopback" and world_size > 1:
         raise ValueError("communicator 'loopback' makes ranks of a lone process's threads; choose auto under a launcher")
 

@@ -1,7 +1,7 @@
 // One loop, compiled once for each instruction set, and the choice among them at run time.
 //
-// The instruction for float32 to bfloat16 (AVX512-BF16) is not used: it flushes denormal numbers to zero, so its results would
-// differ from those of torch, and the loop waits for memory, not for the rounding.
+// The instruction for float32 to bfloat16 (AVX512-BF16) is not used: it takes denormal numbers for zero, so its results
+// would differ from those of torch.
 #include "sum.hpp"
 
 #include <cstdint>

@@ -46,6 +46,7 @@ class _Following:
         self._config, self._model = config, model
         self._pulse = Pulse()
         self._timers: list[threading.Timer] = []
+        self._back = threading.Event()
         self._comm = communicator(config, rendezvous)
         self._cores, _ = use_cores(config, self._comm)
         port, token = hear_endpoint(self._comm)
@@ -74,6 +75,7 @@ class _Following:
         finally:
             self._follower.close()
             comm.close()
+            self._back.set()
             for timer in self._timers:
                 timer.cancel()
 
@@ -100,6 +102,8 @@ class _Following:
         timer.daemon = True
         self._timers.append(timer)
         timer.start()
+        if self._back.is_set():
+            timer.cancel()
 
 
 def serve(config: EngineConfig, model: ModelConfig, comm: Communicator, follower: Follower, pulse: Pulse, cores: str = "") -> int:

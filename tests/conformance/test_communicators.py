@@ -83,6 +83,32 @@ def test_ranks_that_chose_different_communicators_are_told_so(names: tuple[str, 
         assert str(result) == f"ranks chose different communicators ({told}); give every rank the same one"
 
 
+class LateWork:
+    """Is done just after the first wait for it has timed out."""
+
+    def __init__(self, failure: str) -> None:
+        self.failure, self.waits = failure, 0
+
+    def is_completed(self) -> bool:
+        return self.waits > 0
+
+    def wait(self, timeout: object) -> None:
+        self.waits += 1
+        if self.waits == 1:
+            raise RuntimeError("Operation timed out!")
+        if self.failure:
+            raise RuntimeError(self.failure)
+
+
+def test_gloo_takes_work_that_is_done_right_after_a_slice_for_done() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    comm = create("gloo", Rendezvous(port=listener.getsockname()[1], listener=listener.detach(), timeout=10.0), CPU)
+    comm._run(lambda: LateWork(""))  # type: ignore[attr-defined]
+    with pytest.raises(CollectiveError, match="gloo: Connection closed by peer"):
+        comm._run(lambda: LateWork("Connection closed by peer"))  # type: ignore[attr-defined]
+    comm.close()
+
+
 def test_a_closed_gloo_communicator_says_so() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     comm = create("gloo", Rendezvous(port=listener.getsockname()[1], listener=listener.detach(), timeout=10.0), CPU)

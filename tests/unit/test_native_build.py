@@ -41,7 +41,9 @@ def build(folder: Path, **environ: str) -> str:
 def ask(folder: Path, code: str) -> str:
     """What `code` prints where the copy is what is imported: an editable installation would lend it its own native code."""
     alone = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
-    done = subprocess.run([sys.executable, "-c", alone + code], cwd=folder, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", alone + code], cwd=folder, capture_output=True, text=True, timeout=100, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -69,7 +71,7 @@ def test_without_a_compiler_the_build_succeeds_and_shm_says_why_not(copy: Path) 
 
 def test_with_a_compiler_it_is_built_without_a_warning(copy: Path) -> None:
     printed = build(copy)
-    assert "warning" not in printed.lower().replace("deprecationwarning", ""), printed
+    assert ": warning:" not in printed, printed
     assert len(list(copy.glob("collectives/_native*.so"))) == 1
     assert ask(copy, "from collectives import shm; print(shm.why_not())") == "None"
 
