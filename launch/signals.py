@@ -93,13 +93,18 @@ def interrupting() -> Iterator[None]:
         if not handled.wait(_PATIENCE):
             leave(128 + signum)
 
-    with listening(arrived, handler):
-        try:
-            yield
-        finally:
-            handled.set()
-            for timer in postponed:
-                timer.cancel()
+    try:
+        with listening(arrived, handler):
+            try:
+                yield
+            finally:
+                handled.set()
+                for timer in postponed:
+                    timer.cancel()
+    except Interrupted:  # the process is about to end, and one more press would only disturb that
+        for signum in _SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
+        raise
 
 
 @contextmanager

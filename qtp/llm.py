@@ -192,7 +192,7 @@ def _check_communicator(config: EngineConfig, world_size: int) -> None:
         raise ValueError(f"communicator 'solo' serves one rank, not tp {config.tp}; choose auto")
     if "mpi" in config.communicator and world_size == 1 and config.tp > 1:
         raise ValueError(
-            f"communicator {config.communicator!r} needs ranks started by mpirun or srun; use mpirun -n {config.tp}, or choose auto"
+            f"communicator {config.communicator!r} needs mpirun or srun; start {config.tp} ranks with one of them, or choose auto"
         )
     if config.communicator == "loopback" and world_size > 1:
         raise ValueError("communicator 'loopback' makes ranks of a lone process's threads; choose auto under a launcher")

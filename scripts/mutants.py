@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("collectives", "launch", "qtp", "tests", "scripts", "pyproject.toml")
+COPIED = ("collectives", "launch", "qtp", "tests", "scripts", "pyproject.toml", "setup.py")
 PARITY = ("tests/loopback/test_parity.py",)
 BATCHING = ("tests/loopback/test_batching.py",)
+SHM = ("tests/conformance/test_shm.py",)
+PROCESSES = "tests/conformance/test_processes.py::test_backend[{}]"
+NATIVE, HIERARCHICAL, CHANNEL = "collectives/native/", "collectives/hierarchical.py", "qtp/wire/channel.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,30 @@ MUTANTS = (
     mutant("a stop text is missed across a token boundary", "qtp/engine/detokenize.py", "max(0, known - len(stop) + 1)", "known",
            ("tests/loopback/test_sampling.py", "tests/unit")),
     mutant("an aborted sequence keeps its blocks", ENGINE, "                self.scheduler.finish(s)\n        self._forget", "        self._forget", BATCHING),
+    mutant("shared memory: one slot a rank instead of two", NATIVE + "group.hpp", "2 + (step & 1)) * shape_", "2) * shape_", SHM),
+    mutant("shared memory: each rank adds its own input first", NATIVE + "group.cpp", "inputs_[r] = r == me ? x : of(int(r));",
+           "inputs_[(r + n - me) % n] = r == me ? x : of(int(r));", SHM),
+    mutant("shared memory: a dead peer is not looked for", NATIVE + "group.cpp", "ended(watched_[r], pids_[r]);", "false;",
+           ("tests/conformance/test_processes.py::test_a_killed_peer_ends_the_wait[shm]",)),
+    mutant("hosts do not add each other's sums", HIERARCHICAL, "self._leaders.all_reduce(dense)", "pass",
+           (PROCESSES.format("hierarchical/0112-plain-4-all_reduce"),)),
+    mutant("halves travel between hosts as halves", HIERARCHICAL, "x.to(wide, memory", "x.to(x.dtype, memory",
+           (PROCESSES.format("hierarchical/0112-plain-4-halves_are_rounded_once"),)),
+    mutant("ranks gathered in the order of the hosts", HIERARCHICAL, "if order == sorted(order):", "if order:",
+           (PROCESSES.format("hierarchical/0102-plain-3-all_gather"),)),
+    mutant("an abort does not reach a gloo rank that waits", "collectives/torch_group.py", "        self._aborted.set()\n", "",
+           ("tests/conformance/test_processes.py::test_an_abort_ends_the_wait_within_a_second[gloo]",)),
+    mutant("any token opens the control channel", CHANNEL,
+           ' or not hmac.compare_digest(hello.token.encode("utf-8", "replace"), self._token.encode())', "",
+           ("tests/unit/test_wire_channel.py",)),
+    mutant("the death of rank 0 is told nobody", CHANNEL, "        if not self._closed:\n            lost(cause)", "        pass",
+           ("tests/unit/test_wire_channel.py",)),
+    mutant("pings are answered only between steps", CHANNEL, "self.send(pong())", "self._messages.put(message)",
+           ("tests/unit/test_wire_channel.py",)),
+    mutant("of ranks that hang the foremost is blamed", "launch/watch.py", "late = min(signs", "late = max(signs",
+           ("tests/unit/test_watch.py",)),
+    mutant("all ranks are bound to the cores of rank 0", "qtp/worker/joining.py", "affinity.share(comm.rank,", "affinity.share(0,",
+           ("tests/processes/test_llm_processes.py",)),
 )  # fmt: skip
 
 
@@ -118,6 +145,11 @@ def survives(change: Mutant) -> str | None:
             if text.count(edit.old) != 1:
                 return f"its text stands {text.count(edit.old)} times in {edit.file}"
             (tree / edit.file).write_text(text.replace(edit.old, edit.new))
+        if any(edit.file.startswith(NATIVE) for edit in change.changes):
+            build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
+            built = subprocess.run(build, cwd=tree, capture_output=True, text=True, check=False)
+            if built.returncode or "failed" in built.stderr:
+                return f"it does not compile: {built.stderr[-300:]}"
         code = run_tests(tree, change.tests)
         return None if code == 1 else f"the tests ended with exit code {code} ({', '.join(change.tests)})"
 

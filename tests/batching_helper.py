@@ -119,6 +119,7 @@ class SeenWorkers:
                 seen.append(self)
 
         monkeypatch.setattr("qtp.worker.ranks.Worker", Seen)
+        monkeypatch.setattr("qtp.worker.follow.Worker", Seen)
 
     def forgot(self) -> bool:
         """Whether every worker knows no sequence any more. To be asked while the ranks live: those above 0 run behind rank 0,

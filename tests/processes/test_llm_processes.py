@@ -1,6 +1,7 @@
 """An LLM whose other rank is a process: what it generates, that its child ends with it in every way it can end, and that a
 child's death or failure is named, with rank, host and process id, instead of waited for."""
 
+import logging
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import pytest
+import torch
 from batching_helper import TEMPLATE, VOCAB, checkpoint, make
 
 from launch import local
@@ -289,6 +291,27 @@ def test_a_failing_thread_is_named_with_its_cause(step: int, monkeypatch: pytest
         within_patience(run)
     assert (caught.value.rank, caught.value.host, caught.value.cause) == (2, "thread", "ZeroDivisionError: out of luck")
     assert "out of luck" in caught.value.details
+
+
+def test_ranks_have_cores_of_their_own_and_give_them_back(children: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    """As far as there are enough; rank 0's process is afterwards as free as it was."""
+    allowed, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    caplog.set_level(logging.INFO, "qtp")
+    with processes(load_tokenizer=False):
+        cores = [os.sched_getaffinity(0), os.sched_getaffinity(children[0])]
+        if len(allowed) > 1:
+            assert cores[0]
+            assert not cores[0] & cores[1]
+            assert cores[0] | cores[1] <= allowed
+            for rank, mine in enumerate(cores):
+                told = [line for line in caplog.messages if line.startswith(f"rank {rank}: read")]
+                assert f"on core{'s' * (len(mine) > 1)} {min(mine)}" in told[0]
+    assert os.sched_getaffinity(0) == allowed
+    assert torch.get_num_threads() == threads
+    with processes(load_tokenizer=False, bind_cpu=False, threads=3):
+        assert [os.sched_getaffinity(pid) for pid in (0, children[1])] == [allowed, allowed]
+        assert torch.get_num_threads() == 3
+        assert "3 threads, not pinned" in caplog.text
 
 
 def test_two_at_once_do_not_disturb_each_other(children: list[int]) -> None:

@@ -21,6 +21,12 @@ STARTS = {
 }
 
 
+def heard() -> None:
+    """In a child: signals do what they do by default, even if these tests run in the background, where SIGINT is ignored."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_DFL)
+
+
 class Running:
     """A run in a process group of its own, with the signals that a terminal would leave it."""
 
@@ -34,7 +40,7 @@ class Running:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGTERM)] and None,
+                preexec_fn=heard,
             )
         self.pids: set[int] = set()
 
@@ -123,7 +129,7 @@ def test_a_main_thread_that_never_comes_back_does_not_hold_the_process() -> None
         "    libc.pthread_mutex_lock(mutex), libc.pthread_mutex_lock(mutex)\n"
     )
     for presses, limit in ((1, 5.0), (2, 2.0)):
-        child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+        child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, preexec_fn=heard)
         assert child.stdout is not None
         assert child.stdout.readline() == b"in\n"
         time.sleep(0.2)

@@ -1,5 +1,5 @@
-"""Proves over real processes and gloo what tests/loopback proves over threads: transformers' numbers, with heads, columns,
-vocabulary and experts that the world size does not divide."""
+"""Proves over real processes, shared memory and gloo what tests/loopback proves over threads: transformers' numbers, with heads,
+columns, vocabulary and experts that the world size does not divide."""
 
 from collections.abc import Callable
 from typing import Any
@@ -50,10 +50,10 @@ def refer_to(tmp_path_factory: pytest.TempPathFactory) -> Refer:
     return get
 
 
-@pytest.mark.parametrize("tp", [2, 3, 4])
+@pytest.mark.parametrize(("communicator", "tp"), [("auto", 2), ("auto", 3), ("auto", 4), ("gloo", 2), ("gloo", 3)])
 @pytest.mark.parametrize("family", CASES)
-def test_processes_give_the_numbers_of_transformers(family: str, tp: int, refer_to: Refer) -> None:
-    with open_llm(refer_to(family).folder, tp, communicator="auto") as llm:
-        assert llm.config.communicator == "gloo"
+def test_processes_give_the_numbers_of_transformers(family: str, communicator: str, tp: int, refer_to: Refer) -> None:
+    with open_llm(refer_to(family).folder, tp, communicator=communicator) as llm:
+        assert llm.config.communicator == {"auto": "shm", "gloo": "gloo"}[communicator]
         assert len(llm.ranks.ready) == tp
         check(llm, refer_to(family))
