@@ -68,14 +68,14 @@ _HEADER = struct.Struct("<16sII")
 def why_not() -> str | None:
     """Why `shm` cannot be used in this installation, in one line with the way out; None if it can."""
     if sys.platform != "linux":
-        return f"shared memory between ranks needs Linux, not {sys.platform}; choose gloo"
+        return f"shared memory between ranks needs Linux, not {sys.platform}"
     if _native is None:
         return (
             f"the native code was not built{_missing}; install a C++ compiler and the Python headers (g++, python3-dev), "
-            "run pip install again and look at its output (pip install -v), or choose gloo"
+            "run pip install again and look at its output (pip install -v)"
         )
     if _native.INTERFACE != _INTERFACE:
-        return "the native code is older or newer than this Python code; run pip install again, or choose gloo"
+        return "the native code is older or newer than this Python code; run pip install again"
     return None
 
 

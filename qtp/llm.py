@@ -222,8 +222,10 @@ def prepare(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
     model = ModelConfig.load(folder)
     world_size = rendezvous.size
     config = replace(config, model=str(folder))
-    chosen = cpu_communicator(config, rendezvous)
+    asked, chosen = config.communicator, cpu_communicator(config, rendezvous)
     config = resolve(config, model, world_size, cuda=torch.cuda.is_available(), cpu_communicator=chosen)
+    if (asked, config.communicator) == ("auto", "gloo") and (reason := shm.why_not()) and rendezvous.rank == 0:
+        log.warning("ranks talk over gloo, which is slower than shared memory: %s", reason)
     _check_communicator(config, world_size)
     store = Store(folder)
     verify(store, declare(model), config.grid())

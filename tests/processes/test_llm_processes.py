@@ -13,6 +13,7 @@ import pytest
 import torch
 from batching_helper import TEMPLATE, VOCAB, checkpoint, make
 
+from collectives import shm
 from launch import local
 from launch.watch import RankDied
 from qtp import LLM, SamplingParams
@@ -312,6 +313,28 @@ def test_ranks_have_cores_of_their_own_and_give_them_back(children: list[int], c
         assert [os.sched_getaffinity(pid) for pid in (0, children[1])] == [allowed, allowed]
         assert torch.get_num_threads() == 3
         assert "3 threads, not pinned" in caplog.text
+
+
+def test_without_native_code_ranks_talk_over_gloo_and_one_line_says_so(
+    children: list[int], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make("dense", num_kv_blocks=20) as single:
+        expected = tokens(single, [[1, 2, 3]])
+    with processes(load_tokenizer=False) as llm:
+        assert llm.config.communicator == "shm"
+    assert "gloo" not in caplog.text
+    monkeypatch.setattr(shm, "_native", None)
+    with processes(load_tokenizer=False) as llm:
+        assert llm.config.communicator == "gloo"
+        assert tokens(llm, [[1, 2, 3]]) == expected
+    (line,) = [line for line in caplog.messages if "gloo, which is slower" in line]
+    assert "the native code was not built" in line
+    assert "install a C++ compiler" in line
+    caplog.clear()
+    with processes(load_tokenizer=False, communicator="gloo"):
+        assert "slower" not in caplog.text
+    with pytest.raises(ValueError, match="communicator 'shm': the native code was not built"):
+        processes(load_tokenizer=False, communicator="shm")
 
 
 def test_two_at_once_do_not_disturb_each_other(children: list[int]) -> None:
