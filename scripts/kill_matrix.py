@@ -257,7 +257,7 @@ def _judge(
         return f"exit code {process.returncode}"
     head = f"rank {cell.rank} (host {fault['host']}, pid {fault['pid']}): "
     told = [line for line in text.splitlines() if re.search(r"rank \d+ \(host .*, pid \d+\): ", line)]
-    if not told and cell.launcher == "mpirun" and f"PID {fault['pid']} RUNNING" in text and "KILLED BY SIGNAL: 9" in text:
+    if not told and cell.launcher == "mpirun" and f"PID {fault['pid']} RUNNING" in text and "Killed (signal 9)" in text:
         return BY_LAUNCHER
     if len(told) != 1 or head not in told[0]:
         return f"lines that name a rank: {told}"
