@@ -12,7 +12,8 @@ import os
 import struct
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -69,8 +70,9 @@ class Cores:
 
 
 def allowance(root: Path = _ROOT) -> Allowance:
-    """What this thread may use now. `root`: where /proc and /sys are."""
-    return Allowance(frozenset(core for core in _allowed() if core < MAX_CORES), _quota(root))
+    """What this thread may use, whatever `bind` has left it. `root`: where /proc and /sys are."""
+    allowed = _BINDINGS[0].before if _BINDINGS else _allowed()
+    return Allowance(frozenset(core for core in allowed if core < MAX_CORES), _quota(root))
 
 
 def topology(root: Path = _ROOT) -> Topology:
@@ -114,28 +116,57 @@ def share(rank: int, machines: Sequence[str | bytes], allowances: Sequence[Allow
     return Cores(cores, threads, tuple(number for number, node in topology.nodes if node & cores))
 
 
+@dataclass(slots=True, eq=False)
+class _Binding:
+    before: set[int]
+
+
+_BINDINGS: list[_Binding] = []  # those in force, oldest first: where threads may run is a state of the process, not of a run
+
+
 def bind(cores: Cores) -> Callable[[], None]:
     """Pins the calling thread, and thereby the threads that it starts later, to `cores`. Returns what undoes it, for those
-    threads too, from any thread. Does nothing where `cores` names none or the system cannot pin. ValueError if it will not."""
+    threads too, from any thread and in any order with other bindings: what was before all of them comes back with the end of
+    the last. Does nothing where `cores` names none or the system cannot pin. ValueError if it will not."""
     if not cores.cores or not hasattr(os, "sched_setaffinity"):
         return lambda: None
     thread = threading.get_native_id()
-    before = os.sched_getaffinity(thread)
+    binding = _Binding(os.sched_getaffinity(thread))
     try:
         os.sched_setaffinity(thread, cores.cores)
     except OSError as error:
         raise ValueError(f"cores {_text(cores.cores)} cannot be bound ({error.strerror}); use --bind-cpu 0") from None
+    _BINDINGS.append(binding)
     after = os.sched_getaffinity(thread)
 
     def restore() -> None:
+        place = _BINDINGS.index(binding)
+        del _BINDINGS[place]
+        if place < len(_BINDINGS):
+            _BINDINGS[place].before = binding.before
+            return
         for each in (thread, *_threads()):
             try:
                 if os.sched_getaffinity(each) == after:
-                    os.sched_setaffinity(each, before)
+                    os.sched_setaffinity(each, binding.before)
             except OSError:  # that thread has ended
                 pass
 
     return restore
+
+
+@contextmanager
+def unbound() -> Iterator[None]:
+    """While in it, the calling thread runs where it might before it was bound, and so do processes that it starts."""
+    if not _BINDINGS:
+        yield
+        return
+    bound = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, _BINDINGS[0].before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, bound)
 
 
 def describe(cores: Cores) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from collectives.rendezvous import Rendezvous
+from launch.affinity import unbound
 from launch.detect import TOKEN
 from launch.watch import RankDied
 
@@ -85,11 +86,9 @@ def start(size: int, argv: Sequence[str], timeout: float) -> tuple[Rendezvous, L
         }
         for left in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"):
             environ.pop(left, None)
-        children.append(
-            subprocess.Popen(
-                list(argv), env=environ, stdin=subprocess.PIPE, stdout=sys.stderr.fileno() if _has_fd(sys.stderr) else None
-            )
-        )
+        out = sys.stderr.fileno() if _has_fd(sys.stderr) else None
+        with unbound():
+            children.append(subprocess.Popen(list(argv), env=environ, stdin=subprocess.PIPE, stdout=out))
     rendezvous = Rendezvous(
         size=size, local_size=size, address=ADDRESS, port=port, listener=listener.detach(), token=token, timeout=timeout
     )

@@ -110,7 +110,7 @@ def interrupting() -> Iterator[None]:
 @contextmanager
 def leaving(told: Callable[[str], None]) -> Iterator[None]:
     """The other ranks' way: rank 0 got the signal as well and decides, so this rank waits for its word. If none comes within a
-    few seconds, or at the second signal, `told` is called with the cause and the process ends."""
+    few seconds, `told` is called with the cause and the process ends; at the second signal it ends at once."""
 
     def handler(signum: int, frame: FrameType | None) -> None:
         pass

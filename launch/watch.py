@@ -6,11 +6,15 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
+
+_FLUSH = 0.5
+_AFTERMATH = 10
 
 
 class RankDied(RuntimeError):
@@ -106,7 +110,9 @@ def run_while(call: Callable[[], T], check: Callable[[], None], every: float = 0
     while not done.wait(every):
         check()
     if errors:
-        check()
+        for _ in range(_AFTERMATH):  # a rank's connections are gone a moment before it is
+            check()
+            time.sleep(every)
         raise errors[0]
     return result[0]
 
@@ -138,11 +144,23 @@ def kill(pid: int) -> None:
         pass
 
 
+def within(seconds: float, call: Callable[[], object]) -> None:
+    """Runs `call` in a thread of its own and waits at most so long for it: for what another thread, or a reader that does not
+    read, may hold up for ever."""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
 def leave(code: int) -> None:
     """Ends this process at once, whatever its threads are in, with nothing run at exit."""
+    within(_FLUSH, _flush)
+    os._exit(code)
+
+
+def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError):
             pass
-    os._exit(code)

@@ -1,6 +1,5 @@
 """The control channel: rank 0 to every other rank, over sockets. A closed channel is how a death is noticed."""
 
-import hmac
 import queue
 import socket
 import threading
@@ -10,13 +9,14 @@ from collections.abc import Callable
 from typing import Self
 
 from launch.watch import RankDied, Sign
-from qtp.wire.frames import MAX_FRAME, MAX_HELLO, Closed, framed, read_message, shut
+from qtp.wire.frames import MAX_FRAME, MAX_HELLO, Closed, framed, preface, read_message, shows, shut
 from qtp.wire.messages import Failure, Hello, Message, Ping, Pong, Ready, Stop, Welcome
 
 LOST = "process is gone"
 _DIFFERS = "its checkpoint or its settings differ from those of rank 0; give every rank the same"
 _ACCEPT_SLICE = 0.05
 _HELLO_PATIENCE = 5.0
+_MOST_STRANGERS = 64
 
 
 class Inbox:
@@ -135,32 +135,42 @@ class SocketLeader(Leader):
         self._listener = socket.create_server((address, 0), family=_family(address), backlog=max(size, 16))
         self.port: int = self._listener.getsockname()[1]
         self._peers: dict[int, _Peer] = {}
-        self._strangers: set[socket.socket] = set()
+        self._strangers: dict[socket.socket, None] = {}  # oldest first
         self._lock = threading.Lock()
 
     def accept(self, timeout: float) -> None:
         """Returns once every follower has said hello; TimeoutError naming the missing ranks otherwise. Each connection is met
-        in a thread of its own, so one that is silent, slow or without the token holds nobody up."""
+        in a thread of its own, so one that is silent, slow or without the token holds nobody up; of many such the oldest are
+        closed. Those who have come are told, once a second, that rank 0 lives."""
         deadline = time.monotonic() + timeout
+        told = time.monotonic()
         self._listener.settimeout(_ACCEPT_SLICE)
         while missing := sorted(set(range(1, self._inbox.size)) - set(self._peers)):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"ranks {missing} did not join the control channel within {timeout:g} s")
+            if time.monotonic() > told + 1.0:
+                told = time.monotonic()
+                self.ping(counting=False)
             try:
                 connection, _ = self._listener.accept()
             except TimeoutError:
                 continue
-            self._strangers.add(connection)
+            while len(self._strangers) >= _MOST_STRANGERS + self._inbox.size:
+                oldest = next(iter(self._strangers))
+                self._strangers.pop(oldest, None)
+                shut(oldest)
+            self._strangers[connection] = None
             threading.Thread(target=self._meet, args=(connection,), daemon=True, name="control").start()
         self._listener.close()
         for stranger in list(self._strangers):
             shut(stranger)
 
-    def ping(self) -> None:
-        """Asks every follower for a sign of life. Never blocks for long: a follower that is being sent something is left out."""
+    def ping(self, *, counting: bool = True) -> None:
+        """Asks every follower for a sign of life. Never blocks for long: a follower that is being sent something is left out.
+        counting: that it is asked counts against a follower until it answers."""
         frame = framed(Ping())
-        for peer in self._peers.values():
-            peer.unanswered += 1
+        for peer in list(self._peers.values()):
+            peer.unanswered += counting
             if peer.sending.acquire(blocking=False):
                 try:
                     peer.connection.sendall(frame)
@@ -197,7 +207,7 @@ class SocketLeader(Leader):
         try:
             peer = self._greet(connection)
         finally:
-            self._strangers.discard(connection)
+            self._strangers.pop(connection, None)
         if peer is None:
             shut(connection)
         else:
@@ -206,17 +216,17 @@ class SocketLeader(Leader):
     def _greet(self, connection: socket.socket) -> _Peer | None:
         connection.settimeout(_HELLO_PATIENCE)
         try:
-            hello = read_message(connection, MAX_HELLO)
+            hello = read_message(connection, MAX_HELLO) if shows(connection, self._token) else None
         except (Closed, ValueError, OSError):
             return None
-        if not isinstance(hello, Hello) or not hmac.compare_digest(hello.token.encode("utf-8", "replace"), self._token.encode()):
+        if not isinstance(hello, Hello):
             return None
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with self._lock:
             if not 0 < hello.rank < self._inbox.size or hello.rank in self._peers:
                 return None
-            self._strangers.discard(connection)  # before `accept` sees that all are there and ends the strangers
+            self._strangers.pop(connection, None)  # before `accept` sees that all are there and ends the strangers
             try:
                 connection.sendall(framed(self._welcome))
             except OSError:
@@ -241,9 +251,10 @@ class SocketLeader(Leader):
 
 
 class SocketFollower(Follower):
-    """Connects to rank 0 at once and says hello; `welcome` is rank 0's answer. Messages arrive once `hear` was called."""
+    """Connects to rank 0 at once, shows the token and says hello; `welcome` is rank 0's answer. Messages arrive once `hear` was
+    called."""
 
-    def __init__(self, address: str, port: int, hello: Hello, timeout: float) -> None:
+    def __init__(self, address: str, port: int, hello: Hello, timeout: float, token: str) -> None:
         try:
             self._socket = socket.create_connection((address, port), timeout)
         except OSError as error:
@@ -253,7 +264,7 @@ class SocketFollower(Follower):
         self._messages: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
         self._closed = False
         try:
-            self._socket.sendall(framed(hello))
+            self._socket.sendall(preface(token) + framed(hello))
             welcome = read_message(self._socket, MAX_HELLO)
         except (Closed, OSError):
             shut(self._socket)

@@ -1,5 +1,7 @@
 """Frames on a socket: four bytes of length, big-endian, and that many bytes of a message."""
 
+import hashlib
+import hmac
 import select
 import socket
 import struct
@@ -21,6 +23,17 @@ def framed(message: Message) -> bytes:
     """The bytes of a message on the wire."""
     frame = encode(message)
     return _LENGTH.pack(len(frame)) + frame
+
+
+def preface(token: str) -> bytes:
+    """What a rank shows before its first frame: bytes of a fixed length that only who knows the token can make."""
+    return hashlib.sha256(f"qtp control channel, {token}".encode("utf-8", "replace")).digest()
+
+
+def shows(peer: socket.socket, token: str) -> bool:
+    """Whether what `peer` sends first is the preface for `token`; nothing of it is decoded."""
+    expected = preface(token)
+    return hmac.compare_digest(_read(peer, len(expected), lambda: None), expected)
 
 
 def read_message(peer: socket.socket, limit: int, waiting: Callable[[], None] | None = None, tick: float = 1.0) -> Message:

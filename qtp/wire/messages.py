@@ -96,13 +96,12 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hello:
-    """The first frame from a rank: who it is, the token in hexadecimal, and a digest of its model and settings. machine: equal
+    """The first frame from a rank, after the token: who it is, and a digest of its model and settings. machine: equal
     where process ids mean the same (see `collectives.network.machine_identity`)."""
 
     rank: int
     host: str
     pid: int
-    token: str
     fingerprint: str = ""
     machine: str = ""
 

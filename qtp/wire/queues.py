@@ -27,7 +27,7 @@ class QueueFollower(Follower):
     def __init__(self, rank: int, inbox: Inbox) -> None:
         self.frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._inbox = inbox
-        self._hello = Hello(rank=rank, host="thread", pid=0, token="")
+        self._hello = Hello(rank=rank, host="thread", pid=0)
 
     def send(self, message: Message) -> None:
         self._inbox.put(self._hello, decode(encode(message)))

@@ -12,13 +12,14 @@ from collectives.communicator import CollectiveError, Communicator
 from collectives.network import machine_identity
 from collectives.pulse import Pulse, Pulsed
 from collectives.rendezvous import Rendezvous
+from launch.affinity import describe
 from launch.signals import leaving
-from launch.watch import RankDied, kill, last_words, leave, speaks
+from launch.watch import RankDied, kill, last_words, leave, speaks, within
 from qtp.config import EngineConfig, ModelConfig
 from qtp.wire.channel import LOST, Follower, SocketFollower
 from qtp.wire.frames import Closed
 from qtp.wire.messages import Failure, Hello, Pong, StepPlan, Stop
-from qtp.worker.joining import communicator, fingerprint, hear_endpoint, use_cores
+from qtp.worker.joining import communicator, fingerprint, hear_endpoint, share_cores, use_cores
 from qtp.worker.worker import Worker
 
 _LOST_PATIENCE = 1.5
@@ -28,7 +29,7 @@ _WAIT_FOR_WORD = 4.0
 
 def follow(config: EngineConfig, model: ModelConfig, rendezvous: Rendezvous) -> int:
     """Serves rank 0 until it says stop. Returns the exit code of this process: 0 after a Stop, 2 for the user's mistakes,
-    otherwise 1; the reason has then been told to rank 0, or stands on stderr if rank 0 is not there.
+    otherwise 1; the reason has then been told to rank 0, or stands on stderr if this rank has not joined it.
 
     The process itself ends, with 1, if rank 0 is gone or gives no sign of life, or the main thread does not come back when it
     should. One rank of the host then says so; a rank 0 that hangs on this host is killed if config.on_death is 'exit'."""
@@ -36,7 +37,7 @@ def follow(config: EngineConfig, model: ModelConfig, rendezvous: Rendezvous) -> 
         return _Following(config, model, rendezvous).run()
     except (Closed, CollectiveError, ValueError) as error:
         print(f"rank {rendezvous.rank}: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ValueError) else 1
 
 
 class _Following:
@@ -48,18 +49,19 @@ class _Following:
         self._timers: list[threading.Timer] = []
         self._back = threading.Event()
         self._comm = communicator(config, rendezvous)
-        self._cores, _ = use_cores(config, self._comm)
+        self._cores = share_cores(config, self._comm)
+        use_cores(self._cores)
+        digest = fingerprint(config, model)  # may take its time, so before rank 0 counts on this one
         port, token = hear_endpoint(self._comm)
         self._token = rendezvous.token or token
         hello = Hello(
             rank=rendezvous.rank,
             host=socket.gethostname(),
             pid=os.getpid(),
-            token=self._token,
-            fingerprint=fingerprint(config, model),
+            fingerprint=digest,
             machine=machine_identity(),
         )
-        self._follower = SocketFollower(rendezvous.address, port, hello, rendezvous.timeout)
+        self._follower = SocketFollower(rendezvous.address, port, hello, rendezvous.timeout, self._token)
         self._follower.hear(
             pong=lambda: Pong(step=self._pulse.step, entered=self._pulse.entered),
             stopping=self._stopping,
@@ -71,7 +73,7 @@ class _Following:
         comm = Pulsed(self._comm, self._pulse)
         try:
             with leaving(lambda cause: tell(self._follower, comm.rank, cause)):
-                return serve(self._config, self._model, comm, self._follower, self._pulse, self._cores)
+                return serve(self._config, self._model, comm, self._follower, self._pulse, describe(self._cores))
         finally:
             self._follower.close()
             comm.close()
@@ -85,11 +87,11 @@ class _Following:
         death = RankDied(0, zero.host, zero.pid, cause)
         self._word = speaks(self._token)
         if self._word is not None:
-            last_words(death)
+            within(_LOST_PATIENCE, lambda: last_words(death))
         if cause != LOST and self._config.on_death == "exit" and zero.machine == machine_identity() != "":
             kill(zero.pid)
-        self._comm.abort()
         self._later(_LOST_PATIENCE, leave, 1)
+        self._comm.abort()
 
     def _stopping(self) -> None:
         """Rank 0 said stop. The thread that works is about to hear it, unless it is in a collective that rank 0 gave up."""

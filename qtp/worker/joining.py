@@ -6,6 +6,7 @@ where the ranks meet.
 
 import hashlib
 import importlib
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -28,7 +29,13 @@ _PLACE_BYTES = 96
 
 def communicator(config: EngineConfig, rendezvous: Rendezvous) -> Communicator:
     """Joins the other ranks, on this rank's device."""
-    comm = collectives.create(config.communicator, rendezvous, use_device(config, rendezvous))
+    try:
+        device = use_device(config, rendezvous)
+    except ValueError:
+        if rendezvous.listener is not None:
+            os.close(rendezvous.listener)
+        raise
+    comm = collectives.create(config.communicator, rendezvous, device)
     if "mpi" not in config.communicator:
         mpi.part()
     return comm
@@ -57,26 +64,31 @@ def use_device(config: EngineConfig, rendezvous: Rendezvous) -> torch.device:
     return device
 
 
-def use_cores(config: EngineConfig, comm: Communicator) -> tuple[str, Callable[[], None]]:
-    """Gives this rank its share of the cores that it and the other ranks of its host may use, or config.threads threads, and
-    binds it to them unless config.bind_cpu is off. All ranks must call it. Returns what was chosen, in words, and what undoes it.
-    """
+def share_cores(config: EngineConfig, comm: Communicator) -> affinity.Cores:
+    """This rank's share of the cores that it and the other ranks of its host may use, or config.threads threads; unless
+    config.bind_cpu is off, cores of its own. All ranks must call it."""
     mine = affinity.allowance()
     place = (machine_identity() or socket.gethostname()).encode()[:_PLACE_BYTES].ljust(_PLACE_BYTES, b"\0")
     row = torch.frombuffer(bytearray(place + mine.pack()), dtype=torch.uint8).to(comm.device)
     rows = [bytes(told.tolist()) for told in comm.all_gather(row[None])]
     allowances = [affinity.Allowance.unpack(told[_PLACE_BYTES:]) for told in rows]
     cores = affinity.share(comm.rank, [told[:_PLACE_BYTES] for told in rows], allowances, affinity.topology())
-    cores = replace(cores, threads=config.threads or cores.threads, cores=cores.cores if config.bind_cpu else frozenset())
+    return replace(cores, threads=config.threads or cores.threads, cores=cores.cores if config.bind_cpu else frozenset())
+
+
+def use_cores(cores: affinity.Cores) -> Callable[[], None]:
+    """Binds the calling thread, which is the one that will work, to `cores`. Returns what undoes it; the number of threads, which
+    torch keeps for each thread, comes back where that is called."""
     before = torch.get_num_threads()
     release = affinity.bind(cores)
     torch.set_num_threads(cores.threads)
 
     def undo() -> None:
         release()
-        torch.set_num_threads(before)
+        if torch.get_num_threads() == cores.threads:
+            torch.set_num_threads(before)
 
-    return affinity.describe(cores), undo
+    return undo
 
 
 def fingerprint(config: EngineConfig, model: ModelConfig) -> str:

@@ -6,6 +6,7 @@ Order on every rank: communicator, control channel (who am I), weights, ready, s
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -21,14 +22,15 @@ from collectives.network import machine_identity
 from collectives.pulse import Pulse, Pulsed
 from collectives.rendezvous import Rendezvous
 from launch import local, ray_cluster
-from launch.affinity import threads_per_rank
-from launch.watch import RankDied, Sign, StallDetector, Started, kill, last_words, leave, run_while
+from launch.affinity import describe, threads_per_rank
+from launch.signals import Interrupted
+from launch.watch import RankDied, Sign, StallDetector, Started, kill, last_words, leave, run_while, within
 from qtp.config import EngineConfig, ModelConfig
 from qtp.wire.channel import LOST, Leader, SocketLeader, tick_of
 from qtp.wire.messages import Ready, StepPlan, StepResult, Stop, Welcome
 from qtp.wire.queues import QueueFollower, QueueLeader
 from qtp.worker.follow import serve
-from qtp.worker.joining import communicator, fingerprint, tell_endpoint, token_of, use_cores
+from qtp.worker.joining import communicator, fingerprint, share_cores, tell_endpoint, token_of, use_cores
 from qtp.worker.worker import Worker
 
 log = logging.getLogger("qtp")
@@ -58,6 +60,7 @@ class Ranks:
     ) -> None:
         assert rendezvous.rank == 0
         self._config = config
+        self.worker: Worker | None = None
         self._started: Started | None = None
         self._channel: Leader | None = None
         self._comm: Communicator | None = None
@@ -77,15 +80,16 @@ class Ranks:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Raises ValueError once closed. A step that fails or is interrupted leaves ranks that disagree, so it closes them."""
-        if not self.alive:
+        worker, channel = self.worker, self._channel
+        if worker is None or not self.alive:
             raise self._cause or ValueError("this LLM is closed, by close() or by a step that failed; construct it anew")
         self._free.clear()
         try:
             with self._naming_the_cause():
-                if self._channel is not None:
-                    self._channel.send(plan)
+                if channel is not None:
+                    channel.send(plan)
                 self._pulse.step = plan.step
-                return self.worker.execute(plan)
+                return worker.execute(plan)
         except BaseException:
             self.close()
             raise
@@ -103,14 +107,12 @@ class Ranks:
         with self._closing:
             channel, self._channel = self._channel, None  # first, so that the watch takes what follows for no death
             if channel is not None:
-                try:
-                    channel.send(Stop())
-                except RankDied:
-                    pass
+                within(_PATIENCE, lambda: _say_stop(channel))
                 channel.close()
             if self._comm is not None:  # before waiting: a rank in the midst of a collective ends with it
                 self._comm.close()
                 self._comm = None
+            self.worker = None  # weights and KV cache go with it
             if self._started is not None:
                 self._started.stop(grace=0.0 if channel is None else _GRACE if self._cause is None else _GRACE_AFTER_DEATH)
                 self._started = None
@@ -129,8 +131,9 @@ class Ranks:
                 rendezvous, self._started = _launch(config)
             check = self._started.check if self._started is not None else lambda: None
             comm = run_while(lambda: communicator(config, rendezvous), check)
-            cores, self._undo = use_cores(config, comm)
             self._comm = Pulsed(comm, self._pulse) if config.tp > 1 else comm
+            share = run_while(lambda: share_cores(config, comm), check)
+            cores, self._undo = describe(share), use_cores(share)
             if config.tp > 1:
                 self._channel = channel = run_while(lambda: _listen(comm, rendezvous, fingerprint(config, model)), check)
                 threading.Thread(target=self._watch, args=(channel, comm), daemon=True, name="watch").start()
@@ -140,6 +143,7 @@ class Ranks:
             progress(count)
 
         with self._naming_the_cause():
+            self._raise_death()
             self.worker = Worker(config, model, self._the_comm, reading)
         self.ready: list[Ready] = [replace(self.worker.ready, cores=cores)]
         if self._channel is not None:
@@ -154,6 +158,7 @@ class Ranks:
     def _start_threads(self, config: EngineConfig, model: ModelConfig) -> None:
         comms: list[Loopback] = loopback(config.tp, torch.device(config.device), config.timeout)
         channel = QueueLeader(config.tp)
+        self._comm, self._channel = comms[0], channel
         for comm, follower in zip(comms[1:], channel.followers, strict=True):
             thread = threading.Thread(target=_follow_in_thread, args=(config, model, comm, follower), daemon=True)
             thread.start()
@@ -161,18 +166,26 @@ class Ranks:
         before = torch.get_num_threads()
         torch.set_num_threads(config.threads or threads_per_rank(config.tp))
         self._undo = lambda: torch.set_num_threads(before)
-        self._comm, self._channel = comms[0], channel
 
     def _raise_death(self) -> None:
-        death = self._channel.failure(0) if self._channel is not None else None
+        channel = self._channel
+        death = channel.failure(0) if channel is not None else None
         if death is not None:
             raise death
 
     @contextmanager
     def _naming_the_cause(self) -> Iterator[None]:
-        """Turns a failed collective into the death that caused it, if another rank tells or shows one."""
+        """Turns a failed collective into the death that caused it, if another rank tells or shows one; likewise SIGTERM, which
+        launchers send when a rank has died."""
         try:
             yield
+        except Interrupted as interrupted:
+            channel = self._channel
+            death = channel.failure(0) if channel is not None and interrupted.signum == signal.SIGTERM else None
+            if death is None:
+                raise
+            self._cause = self._in_full(death)
+            raise (self._cause or death) from None
         except (RankDied, CollectiveError):
             death = self._cause = self._death()
             if death is None:
@@ -213,37 +226,45 @@ class Ranks:
         not come back, this thread does what is left to do."""
         if not comm.abortable and (death.hangs or death.cause == LOST):
             # The call cannot be freed, and such a launcher ends all ranks, silently, as soon as it notices.
-            last_words(death)
-            leave(1)
+            _say_and_leave(None, death)
         if death.hangs and death.rank > 0:
             self._kill(channel, death)
-        comm.abort()
+        threading.Thread(target=comm.abort, daemon=True).start()  # a device's library may take its time
         exits = self._config.on_death == "exit"
         if not self._free.wait(_PATIENCE if exits else _PATIENCE_OF_A_LIBRARY):
-            _say_and_leave(channel, self._in_full(death) or death)
+            full = self._in_full(death) or death
+            if not self._free.is_set():
+                _say_and_leave(channel, full)
         if self._free.wait(_MOMENT) and self.alive:  # no call has noticed
             threading.Event().wait(_MOMENT)
             if self._free.is_set() and self.alive:
                 self._cause = self._in_full(death) or death
-                if exits:
+                if exits and self._free.is_set():
                     _say_and_leave(channel, self._cause)
                 log.error("error: %s", self._cause)
                 self.close()
 
     def _kill(self, channel: SocketLeader, death: RankDied) -> None:
-        if self._started is not None:
-            self._started.kill(death.rank)
+        started = self._started
+        if started is not None:
+            started.kill(death.rank)
         elif channel.machine(death.rank) == machine_identity() != "":
             kill(death.pid)
 
 
-def _say_and_leave(channel: SocketLeader, death: RankDied) -> None:
-    last_words(death)
+def _say_and_leave(channel: SocketLeader | None, death: RankDied) -> None:
+    """Ends this process, with as many of these steps as nobody holds up."""
+    within(_MOMENT, lambda: last_words(death))
+    if channel is not None:
+        within(_MOMENT, lambda: _say_stop(channel))  # so that nobody else has a last word
+    leave(2 if death.user_error else 1)
+
+
+def _say_stop(channel: Leader) -> None:
     try:
-        channel.send(Stop())  # so that nobody else has a last word
+        channel.send(Stop())
     except RankDied:
         pass
-    leave(1)
 
 
 def _launch(config: EngineConfig) -> tuple[Rendezvous, Started]:
@@ -266,8 +287,12 @@ def _listen(comm: Communicator, rendezvous: Rendezvous, fingerprint: str) -> Soc
         raise ValueError(
             f"rank 0 cannot listen on {rendezvous.address} ({error.strerror}); set MASTER_ADDR to an address of its host"
         ) from None
-    tell_endpoint(comm, leader.port, told)
-    leader.accept(rendezvous.timeout)
+    try:
+        tell_endpoint(comm, leader.port, told)
+        leader.accept(rendezvous.timeout)
+    except BaseException:
+        leader.close()
+        raise
     return leader
 
 

@@ -67,8 +67,8 @@ def join(port: int, token: str, ranks: int) -> tuple[Arrivals, list[SocketFollow
     """Ranks 1 and up, as threads of this process."""
     arrivals, followers = Arrivals(ranks - 1), []
     for rank in range(1, ranks):
-        hello = Hello(rank=rank, host="here", pid=rank, token=token)
-        followers.append(SocketFollower(HOST, port, hello, 60.0).hear())
+        hello = Hello(rank=rank, host="here", pid=rank)
+        followers.append(SocketFollower(HOST, port, hello, 60.0, token).hear())
         threading.Thread(target=follow, args=(followers[-1], arrivals), daemon=True).start()
     return arrivals, followers
 

@@ -74,7 +74,7 @@ samples = st.builds(
     prompt_logprobs=st.lists(logprobs, max_size=3).map(tuple),
 )
 messages: dict[str, st.SearchStrategy[Message]] = {
-    "Hello": st.builds(Hello, rank=numbers, host=texts, pid=numbers, token=texts, fingerprint=texts, machine=texts),
+    "Hello": st.builds(Hello, rank=numbers, host=texts, pid=numbers, fingerprint=texts, machine=texts),
     "Welcome": st.builds(Welcome, host=texts, pid=numbers, machine=texts),
     "Ready": st.builds(Ready, rank=numbers, bytes_read=counts, weight_bytes=counts, cores=texts),
     "Failure": st.builds(Failure, rank=numbers, cause=texts, details=texts, user_error=st.booleans()),
@@ -110,7 +110,7 @@ NEW = NewSequence(seq_id=1, token_ids=(5, 6, 7), prompt_len=2, sampling=SAMPLING
 CHUNK = Chunk(seq_id=1, start=0, count=3, sample=True, appended=(9,), new_blocks=(0, 4))
 LOGPROBS = TokenLogprobs(token_ids=(1, 2), logprobs=(-0.5, -1.5), ranks=(1, 2))
 EXAMPLES: list[Message] = [
-    Hello(rank=3, host="a-host", pid=77, token="c0ffee"),
+    Hello(rank=3, host="a-host", pid=77),
     Welcome(host="first", pid=78, machine="here"),
     Ready(rank=2, bytes_read=10**12, weight_bytes=9, cores="2 threads"),
     Failure(rank=1, cause="no such thing", details="line\nline", user_error=True),
@@ -256,8 +256,8 @@ def test_nan_and_infinities_travel() -> None:
 
 
 OUT_OF_BOUNDS = [
-    *(Hello(rank=r, host="", pid=1, token="") for r in (-1, MAX_NUMBER + 1)),
-    Hello(rank=1, host="", pid=-1, token=""),
+    *(Hello(rank=r, host="", pid=1) for r in (-1, MAX_NUMBER + 1)),
+    Hello(rank=1, host="", pid=-1),
     *(Ready(rank=1, bytes_read=a, weight_bytes=b) for a, b in ((-1, 0), (0, -1))),
     StepPlan(step=-2),
     StepPlan(step=1, dropped=(3, -1)),

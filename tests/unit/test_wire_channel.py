@@ -17,7 +17,7 @@ from launch.local import new_token
 from launch.watch import RankDied
 from qtp.wire.channel import LOST, SocketFollower, SocketLeader, tick_of
 from qtp.wire.codec import encode
-from qtp.wire.frames import MAX_FRAME, MAX_HELLO, Closed
+from qtp.wire.frames import MAX_FRAME, MAX_HELLO, Closed, preface
 from qtp.wire.messages import Chunk, Failure, Hello, Message, Pong, Ready, StepPlan, Stop, Welcome
 from qtp.wire.queues import QueueLeader
 
@@ -27,8 +27,8 @@ WELCOME = Welcome(host="the first", pid=77, machine="here")
 PLAN = StepPlan(step=3, dropped=(4, 5), chunks=(Chunk(seq_id=1, start=0, count=2, sample=True, appended=(7, 8)),))
 
 
-def introduce(rank: int, pid: int, token: str = TOKEN, fingerprint: str = "") -> Hello:
-    return Hello(rank=rank, host=socket.gethostname(), pid=pid, token=token, fingerprint=fingerprint)
+def introduce(rank: int, pid: int, fingerprint: str = "") -> Hello:
+    return Hello(rank=rank, host=socket.gethostname(), pid=pid, fingerprint=fingerprint)
 
 
 class Meeting:
@@ -48,7 +48,7 @@ class Meeting:
             self.error.append(error)
 
     def follower(self, rank: int, token: str = TOKEN) -> SocketFollower:
-        follower = SocketFollower(HOST, self.leader.port, introduce(rank, 4000 + rank, token), 10.0)
+        follower = SocketFollower(HOST, self.leader.port, introduce(rank, 4000 + rank), 10.0, token)
         self.closers.append(follower.close)
         return follower.hear()
 
@@ -123,7 +123,9 @@ def test_ready_times_out_naming_who_is_missing(meet: Callable[[int], Meeting]) -
 def test_accept_times_out_naming_who_is_missing() -> None:
     leader = SocketLeader(HOST, 4, TOKEN)
     joined: list[SocketFollower] = []
-    joining = threading.Thread(target=lambda: joined.append(SocketFollower(HOST, leader.port, introduce(2, 1), 10.0).hear()))
+    joining = threading.Thread(
+        target=lambda: joined.append(SocketFollower(HOST, leader.port, introduce(2, 1), 10.0, TOKEN).hear())
+    )
     joining.start()
     with pytest.raises(TimeoutError, match=r"ranks \[1, 3\] did not join the control channel within 0.5 s"):
         leader.accept(0.5)
@@ -146,8 +148,8 @@ def test_a_wrong_token_is_refused(token: str, meet: Callable[[int], Meeting]) ->
     assert meeting.leader.failure(0) is None
 
 
-def hello(rank: int, token: str = TOKEN) -> bytes:
-    return encode(Hello(rank=rank, host="elsewhere", pid=1, token=token))
+def hello(rank: int) -> bytes:
+    return encode(Hello(rank=rank, host="elsewhere", pid=1))
 
 
 @pytest.mark.parametrize(
@@ -166,22 +168,59 @@ def hello(rank: int, token: str = TOKEN) -> bytes:
         framed(hello(3)),
         framed(hello(-1)),
         framed(hello(2**40)),
-        framed(encode(Hello(rank=1, host="h" * MAX_HELLO, pid=1, token=TOKEN))),
+        framed(encode(Hello(rank=1, host="h" * MAX_HELLO, pid=1))),
     ],
     ids=range(14),
 )
 def test_a_garbage_connection_does_no_harm(data: bytes, meet: Callable[[int], Meeting]) -> None:
     meeting = meet(3)
     first = meeting.follower(2)
-    assert refused(meeting.raw(data))
+    assert refused(meeting.raw(preface(TOKEN) + data))
     second = meeting.follower(1)
     meeting.joined()
     meeting.leader.send(PLAN)
     assert (first.receive(), second.receive()) == (PLAN, PLAN)
 
 
+@pytest.mark.parametrize("shown", [b"", preface("another"), preface(TOKEN)[:-1] + b"!", preface(TOKEN)[1:]])
+def test_nothing_is_decoded_before_the_token(
+    shown: bytes, meet: Callable[[int], Meeting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[bytes] = []
+    monkeypatch.setattr("qtp.wire.frames.decode", lambda frame: decoded.append(frame))
+    meeting = meet(2)
+    assert refused(meeting.raw(shown + framed(hello(1)) + b"." * 64))
+    assert decoded == []
+    assert refused(meeting.raw(preface(TOKEN) + framed(hello(1))))
+    assert decoded == [hello(1)]
+
+
+def test_a_flood_of_silent_strangers_keeps_nobody_out(meet: Callable[[int], Meeting]) -> None:
+    """More than rank 0 keeps at once: the oldest are closed, and the ranks get in."""
+    meeting = meet(3)
+    strangers = [meeting.raw(preface(TOKEN)[:9]) for _ in range(150)]
+    followers = [meeting.follower(1), meeting.follower(2)]
+    meeting.joined()
+    meeting.leader.send(PLAN)
+    assert [follower.receive() for follower in followers] == [PLAN, PLAN]
+    assert all(refused(stranger) for stranger in strangers)
+
+
+def test_who_has_come_early_is_told_that_rank_0_lives(meet: Callable[[int], Meeting]) -> None:
+    """While rank 0 waits for the last one, longer than the stall timeout, the first one accuses nobody."""
+    meeting, told = meet(3), list[str]()
+    early = SocketFollower(HOST, meeting.leader.port, introduce(1, 1), 10.0, TOKEN)
+    meeting.closers.append(early.close)
+    early.hear(lost=told.append, stall_timeout=2.0)
+    time.sleep(5.0)
+    meeting.follower(2)
+    meeting.joined()
+    assert told == []
+    assert meeting.leader.signs(1.0)[0].silent == 0.0
+
+
 def test_connections_that_end_early_do_no_harm(meet: Callable[[int], Meeting]) -> None:
-    meeting, whole = meet(2), framed(hello(1))
+    meeting, whole = meet(2), preface(TOKEN) + framed(hello(1))
     for end in range(0, len(whole), 3):
         meeting.raw(whole[:end]).close()
     follower = meeting.follower(1)
@@ -193,7 +232,8 @@ def test_connections_that_end_early_do_no_harm(meet: Callable[[int], Meeting]) -
 def test_random_connections_do_no_harm(meet: Callable[[int], Meeting]) -> None:
     meeting, rng = meet(2), random.Random(4)
     for _ in range(60):
-        peer = meeting.raw(framed(rng.randbytes(rng.randint(0, 50))))
+        shown = rng.choice((preface(TOKEN), preface("another"), b""))
+        peer = meeting.raw(shown + framed(rng.randbytes(rng.randint(40, 90))))
         assert refused(peer)
     follower = meeting.follower(1)
     meeting.joined()
@@ -235,8 +275,8 @@ def test_a_killed_process_is_a_death_with_its_pid(meet: Callable[[int], Meeting]
     meeting = meet(2)
     code = (
         "import os, socket; from qtp.wire.channel import SocketFollower; from qtp.wire.messages import Hello; "
-        f"h = Hello(rank=1, host=socket.gethostname(), pid=os.getpid(), token={TOKEN!r}); "
-        f"f = SocketFollower({HOST!r}, {meeting.leader.port}, h, 10.0).hear(); "
+        f"h = Hello(rank=1, host=socket.gethostname(), pid=os.getpid()); "
+        f"f = SocketFollower({HOST!r}, {meeting.leader.port}, h, 10.0, {TOKEN!r}).hear(); "
         "f.receive(); os.kill(os.getpid(), 9)"
     )
     child = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
@@ -316,8 +356,8 @@ def test_a_rank_with_another_model_is_the_users_mistake() -> None:
     leader = SocketLeader(HOST, 3, TOKEN, "one model")
     accepting = threading.Thread(target=leader.accept, args=(30.0,), daemon=True)
     accepting.start()
-    same = SocketFollower(HOST, leader.port, introduce(1, 7, fingerprint="one model"), 10.0)
-    other = SocketFollower(HOST, leader.port, introduce(2, 8, fingerprint="another"), 10.0)
+    same = SocketFollower(HOST, leader.port, introduce(1, 7, fingerprint="one model"), 10.0, TOKEN)
+    other = SocketFollower(HOST, leader.port, introduce(2, 8, fingerprint="another"), 10.0, TOKEN)
     with pytest.raises(RankDied, match=r"rank 2 .*pid 8\): its checkpoint or its settings differ from those of rank 0") as caught:
         leader.ready(30.0)
     assert caught.value.user_error
@@ -346,7 +386,7 @@ def eventually(holds: Callable[[], bool], seconds: float = 10.0) -> bool:
 def test_a_follower_answers_whatever_it_is_busy_with(meet: Callable[[int], Meeting]) -> None:
     """Nobody calls `receive`, and yet pings are answered, with how far the rank is; plans wait in their order."""
     meeting = meet(3)
-    busy, silent = (SocketFollower(HOST, meeting.leader.port, introduce(rank, 4000 + rank), 10.0) for rank in (1, 2))
+    busy, silent = (SocketFollower(HOST, meeting.leader.port, introduce(rank, 4000 + rank), 10.0, TOKEN) for rank in (1, 2))
     meeting.closers += [busy.close, silent.close]
     busy.hear(pong=lambda: Pong(step=4, entered=31))
     meeting.joined()
@@ -364,7 +404,7 @@ def test_a_follower_answers_whatever_it_is_busy_with(meet: Callable[[int], Meeti
 @pytest.mark.parametrize("farewell", [Stop(), None])
 def test_a_follower_tells_a_stop_from_a_death(farewell: Message | None, meet: Callable[[int], Meeting]) -> None:
     meeting, told = meet(2), list[str]()
-    follower = SocketFollower(HOST, meeting.leader.port, introduce(1, 1), 10.0)
+    follower = SocketFollower(HOST, meeting.leader.port, introduce(1, 1), 10.0, TOKEN)
     follower.hear(stopping=lambda: told.append("stop"), lost=told.append)
     meeting.joined()
     if farewell is not None:
@@ -381,7 +421,7 @@ def test_a_follower_tells_a_stop_from_a_death(farewell: Message | None, meet: Ca
 def test_a_leader_without_a_sign_of_life_is_lost(meet: Callable[[int], Meeting]) -> None:
     """As long as pings come the follower waits, however long; after the last one for the stall timeout."""
     meeting, told = meet(2), list[str]()
-    follower = SocketFollower(HOST, meeting.leader.port, introduce(1, 1), 10.0)
+    follower = SocketFollower(HOST, meeting.leader.port, introduce(1, 1), 10.0, TOKEN)
     follower.hear(lost=told.append, stall_timeout=0.4)
     meeting.joined()
     for _ in range(24):
@@ -400,7 +440,7 @@ def test_no_leader_is_said_in_one_line() -> None:
     with socket.create_server((HOST, 0)) as unused:
         port = unused.getsockname()[1]
     with pytest.raises(Closed, match=rf"rank 0 at {HOST}:{port} cannot be reached"):
-        SocketFollower(HOST, port, introduce(1, os.getpid()), 5.0)
+        SocketFollower(HOST, port, introduce(1, os.getpid()), 5.0, TOKEN)
 
 
 def test_a_lone_leader_has_nobody_to_wait_for() -> None:
