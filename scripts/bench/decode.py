@@ -10,12 +10,15 @@ a large tensor by all threads) stands beside. Prints a table and writes JSON wit
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
+
+sys.path.remove(str(Path(__file__).resolve().parent))  # where another collectives.py is
 
 from qtp import LLM, SamplingParams
 

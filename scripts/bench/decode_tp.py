@@ -9,8 +9,11 @@ ranks of one that waits sleep. Figures are medians over rounds, in tokens a seco
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
+
+sys.path.remove(str(Path(__file__).resolve().parent))  # where another collectives.py is
 
 from qtp import LLM, SamplingParams
 

@@ -8,10 +8,13 @@ Prints one JSON line: shard_bytes (of the tensors it ends up with), read_bytes (
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
 import torch
+
+sys.path.remove(str(Path(__file__).resolve().parent))  # where another collectives.py is
 
 from qtp.config import ModelConfig
 from qtp.layout.split import Grid
