@@ -86,8 +86,10 @@ class _Following:
         zero = self._follower.welcome
         death = RankDied(0, zero.host, zero.pid, cause)
         self._word = speaks(self._token)
-        if self._word is not None:
+        if self._word is not None and self._comm.abortable:
             within(_LOST_PATIENCE, lambda: last_words(death))
+        elif self._word is not None:  # such a launcher ends all ranks in a moment
+            last_words(death)
         if cause != LOST and self._config.on_death == "exit" and zero.machine == machine_identity() != "":
             kill(zero.pid)
         self._later(_LOST_PATIENCE, leave, 1)

@@ -226,7 +226,8 @@ class Ranks:
         not come back, this thread does what is left to do."""
         if not comm.abortable and (death.hangs or death.cause == LOST):
             # The call cannot be freed, and such a launcher ends all ranks, silently, as soon as it notices.
-            _say_and_leave(None, death)
+            last_words(death)
+            leave(1)
         if death.hangs and death.rank > 0:
             self._kill(channel, death)
         threading.Thread(target=comm.abort, daemon=True).start()  # a device's library may take its time
@@ -252,11 +253,10 @@ class Ranks:
             kill(death.pid)
 
 
-def _say_and_leave(channel: SocketLeader | None, death: RankDied) -> None:
+def _say_and_leave(channel: SocketLeader, death: RankDied) -> None:
     """Ends this process, with as many of these steps as nobody holds up."""
     within(_MOMENT, lambda: last_words(death))
-    if channel is not None:
-        within(_MOMENT, lambda: _say_stop(channel))  # so that nobody else has a last word
+    within(_MOMENT, lambda: _say_stop(channel))  # so that nobody else has a last word
     leave(2 if death.user_error else 1)
 
 
