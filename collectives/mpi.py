@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ _MOST = 2**31 - 1
 _SMALL = 1 << 18  # bytes of all ranks together, up to which a sum goes by one all-gather
 _PATIENCE = 1.0
 _TICK = 0.01
+_SEGMENT = "/dev/shm/mpich_shm_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +252,20 @@ def world(rank: int, size: int) -> tuple[Library, Any]:
             "with the mpirun, or srun --mpi, of the MPI library that mpi4py uses"
         )
     with naming_failures(mpi):
-        return mpi, everyone.Dup()
+        comm = everyone.Dup()
+        if mpi.ours:
+            comm.Barrier()  # all have mapped what they share
+            _unname_segments()
+    return mpi, comm
+
+
+def _unname_segments() -> None:
+    """Takes away the names of the shared memory that MPICH has mapped here, as UCX does by itself: where the launcher kills the
+    ranks nobody would, and the memory would be lost until the host starts again."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        _, _, path = line.partition(_SEGMENT)
+        if path and "/" not in path and not path.endswith("(deleted)"):
+            Path(_SEGMENT + path).unlink(missing_ok=True)
 
 
 @contextmanager

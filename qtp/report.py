@@ -63,8 +63,10 @@ def write_jsonl(path: Path, outputs: Sequence[RequestOutput]) -> None:
 
 
 def write_statistics(path: Path, outputs: Sequence[RequestOutput], batch_size: int) -> None:
-    """One csv row a request; times in milliseconds. batch_size: the most requests in a step."""
-    with path.open("w", encoding="utf-8", newline="") as stream:
+    """One csv row a request; times in milliseconds. batch_size: the most requests in a step. The file appears whole or not at
+    all."""
+    part = _part(path)
+    with part.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(STATISTICS)
         for output in outputs:
@@ -74,10 +76,11 @@ def write_statistics(path: Path, outputs: Sequence[RequestOutput], batch_size: i
             speed = 1 / each if each else 0.0
             row = (batch_size, len(output.prompt_token_ids), produced, *(f"{t:.3f}" for t in times), f"{speed:.2f}")
             writer.writerow(row)
+    part.replace(path)
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """Raises ValueError if a file cannot be made at `path`."""
+    """Raises ValueError if a file cannot be made at `path`. Several ranks may ask at once."""
     if path.is_dir():
         raise ValueError(f"{flag} {path}: is a folder; name a file")
     if not path.parent.is_dir():
@@ -85,7 +88,7 @@ def check_writable(path: Path, flag: str) -> None:
     probe = _part(path)
     try:
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another rank may have been faster
     except OSError as error:
         raise ValueError(f"{flag} {path}: cannot be written ({error.strerror}); name another place") from None
 

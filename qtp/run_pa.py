@@ -6,6 +6,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from launch import mpi
+from launch.detect import detect
 from qtp.cli import Parser, boolean, run
 from qtp.config import EngineConfig
 from qtp.engine.engine import check_request, longest
@@ -149,6 +151,7 @@ def command(argv: list[str] | None) -> int:
     refuse_later(args)
     if args.trust_remote_code:
         log.warning("--trust_remote_code: accepted, and nothing is executed: there is no remote-code path")
+    mpi.meet(detect(args.timeout))  # from here on mpirun ends all ranks when one of them fails alone
     for flag in ("output", "statistics"):
         if getattr(args, flag) is not None:
             check_writable(getattr(args, flag), f"--{flag}")

@@ -62,14 +62,14 @@ def test_a_script_goes_on_after_its_llm_under_mpirun(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (7, "3 tokens\nand on\n"), done.stderr
 
 
-@pytest.mark.parametrize("communicator", ["mpi", "gloo"])
-def test_a_rank_that_fails_alone_ends_all_under_mpirun(communicator: str, tmp_path: Path) -> None:
-    """Rank 1 cannot read the model; rank 0 could wait for it for ever."""
+@pytest.mark.parametrize(("communicator", "flag"), [("mpi", "--model"), ("gloo", "--model"), ("mpi", "--output")])
+def test_a_rank_that_fails_alone_ends_all_under_mpirun(communicator: str, flag: str, tmp_path: Path) -> None:
+    """Rank 1 cannot read the model, or not write; rank 0 could wait for it for ever."""
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys\nfrom qtp.run_pa import main\n"
         "arguments = sys.argv[1:]\n"
-        "if os.environ['PMI_RANK'] == '1':\n    arguments[arguments.index('--model') + 1] = '/nowhere'\n"
+        f"if os.environ['PMI_RANK'] == '1':\n    arguments[arguments.index('{flag}') + 1] = '/nowhere/at/all'\n"
         "sys.exit(main(arguments))\n"
     )
     chosen = ["--communicator", communicator]
