@@ -4,7 +4,7 @@ PY := .venv/bin/python
 
 .PHONY: demo test lint mutants clean
 
-.venv/ready: pyproject.toml constraints.txt setup.py $(wildcard collectives/native/*)
+.venv/ready: pyproject.toml constraints.txt setup.py $(wildcard collectives/native/* qtp/kernels/native/*)
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -27,4 +27,4 @@ mutants: .venv/ready
 	$(PY) scripts/mutants.py --only "$(ONLY)"
 
 clean:
-	rm -rf .venv build *.egg-info collectives/*.so
+	rm -rf .venv build *.egg-info collectives/*.so qtp/kernels/*.so

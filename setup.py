@@ -16,6 +16,8 @@ COMPILE = [
     "-Wall",
     "-Wextra",
     "-Wno-maybe-uninitialized",
+    "-Wno-psabi",
+    "-Wno-uninitialized",  # gcc 12 warns of its own header for gathers
     "-fvisibility=hidden",
     "-fno-exceptions",
     "-fno-rtti",
@@ -28,11 +30,18 @@ def native(name: str, folder: str) -> Extension:
     return Extension(
         name,
         sources=[file for file in files if file.endswith(".cpp")],
-        depends=[file for file in files if file.endswith(".hpp")],
+        depends=[file for file in files if file.endswith((".hpp", ".inl"))],
         language="c++",
         extra_compile_args=COMPILE,
         optional=True,
     )
 
 
-setup(ext_modules=[native("collectives._native", "collectives/native")] if sys.platform == "linux" else [])
+setup(
+    ext_modules=[
+        native("collectives._native", "collectives/native"),
+        native("qtp.kernels._native", "qtp/kernels/native"),
+    ]
+    if sys.platform == "linux"
+    else []
+)

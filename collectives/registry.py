@@ -1,15 +1,19 @@
-"""Backends by name. A vendor adds one through the entry point group `qtp.collectives`, without touching this repository."""
+"""Backends by name. A vendor adds one through the entry point group `qtp.collectives`, without touching this
+repository. Imports no torch."""
 
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
-import torch
-
-from collectives.communicator import Communicator
 from collectives.rendezvous import Rendezvous
 
-Factory = Callable[[Rendezvous, torch.device], Communicator]
+if TYPE_CHECKING:
+    import torch
+
+    from collectives.communicator import Communicator
+
+Factory = Callable[[Rendezvous, "torch.device"], "Communicator"]
 
 _FACTORIES: dict[str, str] = {
     "solo": "collectives.solo:create",
@@ -28,7 +32,7 @@ def available() -> list[str]:
     return sorted({*_FACTORIES, *(point.name for point in entry_points(group="qtp.collectives"))})
 
 
-def create(name: str, rendezvous: Rendezvous, device: torch.device) -> Communicator:
+def create(name: str, rendezvous: Rendezvous, device: "torch.device") -> "Communicator":
     """Joins the ranks of `rendezvous`; every rank must call it with the same name. ValueError if the name is unknown."""
     return _factory(name)(rendezvous, device)
 

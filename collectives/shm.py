@@ -8,16 +8,15 @@ import json
 import os
 import secrets
 import struct
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from collectives.built import SHM
 from collectives.communicator import (
     CollectiveError,
     Communicator,
@@ -31,16 +30,7 @@ from collectives.network import machine_identity
 from collectives.rendezvous import Rendezvous
 from collectives.torch_group import Exchange, exchange
 
-_native: Any = None
-_missing = ""
-try:
-    _native = import_module("collectives._native")
-except ModuleNotFoundError:
-    pass
-except ImportError as error:
-    _missing = f" so that it loads ({error})"
-
-_INTERFACE = 1
+_native, why_not = SHM.module, SHM.why_not
 _SUMMED = {
     dtype: number
     for number, dtype in enumerate(
@@ -63,20 +53,6 @@ _PAGE = 4096
 _LEAST_SLOT = 64 * 8  # bytes a rank, so that every rank has a piece of a chunk
 _SPIN = 1.5e-3  # seconds of waiting before a rank sleeps, where each has a core of its own
 _HEADER = struct.Struct("<16sII")
-
-
-def why_not() -> str | None:
-    """Why `shm` cannot be used in this installation, in one line with the way out; None if it can."""
-    if sys.platform != "linux":
-        return f"shared memory between ranks needs Linux, not {sys.platform}"
-    if _native is None:
-        return (
-            f"the native code was not built{_missing}; install a C++ compiler and the Python headers (g++, python3-dev), "
-            "run pip install again and look at its output (pip install -v)"
-        )
-    if _native.INTERFACE != _INTERFACE:
-        return "the native code is older or newer than this Python code; run pip install again"
-    return None
 
 
 class Shm(Communicator):

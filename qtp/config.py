@@ -155,6 +155,9 @@ class EngineConfig:
     cluster of its own). bind_cpu: pin ranks to cores. stall_timeout: seconds without progress in a step, or without a sign of
     life, after which a rank counts as hung; 0: never. on_death: what rank 0 does when another rank is gone: 'raise' RankDied
     from the call that runs or comes next, or 'exit', the process, at once.
+
+    kernels: 'auto', 'native' (compiled code, on CPUs) or 'torch' (torch's own operations, on any device). deterministic: tokens
+    and logprobs of a request are the same bits whatever else runs, however its prompt is cut, and at 1, 2, 4 and 8 ranks.
     """
 
     model: str
@@ -180,6 +183,8 @@ class EngineConfig:
     bind_cpu: bool = True
     stall_timeout: float = 60.0
     on_death: str = "raise"
+    kernels: str = "auto"
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -199,6 +204,7 @@ class EngineConfig:
         _check_choice("device", self.device, ("auto", "cpu", "cuda", "npu"))
         _check_choice("launcher", self.launcher, ("auto", "local", "ray"))
         _check_choice("on_death", self.on_death, ("raise", "exit"))
+        _check_choice("kernels", self.kernels, ("auto", "native", "torch"))
         if self.ray_address is not None and self.launcher != "ray":
             raise ValueError(f"ray_address {self.ray_address!r} needs launcher 'ray'")
 

@@ -1,35 +1,42 @@
-"""The Python face, in vLLM's words."""
+"""The Python face, in vLLM's words.
+
+What takes long to import, torch before all, is imported where it is used: a user's mistake is told at once, and the ranks that a
+lone process starts load it while rank 0 does.
+"""
 
 import logging
+import os
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
-from tqdm import tqdm
-
-from collectives import shm
-from collectives.registry import available
+from collectives.built import SHM
 from collectives.rendezvous import Rendezvous
 from launch import mpi
 from launch.detect import detect
 from qtp.config import EngineConfig, ModelConfig
 from qtp.engine.engine import Engine
 from qtp.engine.outputs import RequestOutput
+from qtp.engine.request import Request as EngineRequest
 from qtp.engine.sampling_params import SamplingParams
 from qtp.engine.scheduler import Scheduler
 from qtp.hub import folder_of
+from qtp.kernels.extension import why_not as why_no_kernels
 from qtp.kv.blocks import BlockPool
 from qtp.resolve import describe, resolve, shares
 from qtp.tokenizer import Tokenizer
 from qtp.weights.names import declare
 from qtp.weights.store import Store
 from qtp.weights.verify import verify
-from qtp.worker.follow import follow
-from qtp.worker.ranks import Ranks
+from qtp.worker.launching import launch
+
+if TYPE_CHECKING:
+    from launch.watch import Started
+    from qtp.worker.ranks import Ranks
 
 log = logging.getLogger("qtp")
 
@@ -77,20 +84,20 @@ class LLM:
             config = replace(config, vocab_limit=tokenizer.size)
         self.config, self.model_config, self.tokenizer = config, model, tokenizer
         if rendezvous.rank > 0:
+            from qtp.worker.follow import follow
+
             sys.exit(follow(config, model, rendezvous))
         for line in describe(config, model):
             log.info(line)
         assert config.num_kv_blocks is not None
         assert config.max_model_len is not None
-        total = shares(model, config.grid(), config.dtype)[0].weight_bytes
-        with tqdm(total=total, unit="B", unit_scale=True, desc="weights of rank 0", disable=not progress, leave=False) as bar:
-            self.ranks = Ranks(config, model, rendezvous, lambda count: _advance(bar, count))
+        self.ranks = _ranks(config, model, rendezvous, progress)
         weakref.finalize(self, self.ranks.close)  # at the latest when the interpreter ends
         for ready in self.ranks.ready:
             told = (ready.rank, ready.bytes_read, ready.weight_bytes, ready.cores)
             log.info("rank %d: read %d bytes, holds %d bytes of weights; %s", *told)
         pool = BlockPool(config.num_kv_blocks, config.block_size)
-        self._grown: dict[int, RequestOutput] = {}
+        self._grown: dict[int, EngineRequest] = {}
         self.engine = Engine(
             self.ranks,
             Scheduler(pool, config.max_num_seqs, config.max_num_batched_tokens, config.max_prefill_seqs),
@@ -113,29 +120,37 @@ class LLM:
 
     def run(self, requests: Sequence[Request], *, use_tqdm: bool = False) -> list[RequestOutput]:
         """One finished RequestOutput for each (text or None, token ids, params), in order."""
+        from tqdm import tqdm
+
         outputs: dict[int, RequestOutput] = {}
         with tqdm(total=len(requests), desc="requests", disable=not use_tqdm, leave=False) as bar:
-            for output in self.stream(requests):
-                if output.finished:
-                    outputs[output.request_id] = output
+            for request in self._moved(requests):
+                if request.finished:
+                    outputs[request.request_id] = self.engine.output(request)
                     bar.update()
         return [outputs[i] for i in sorted(outputs)]
 
     def stream(self, requests: Sequence[Request]) -> Iterator[RequestOutput]:
         """Runs (text or None, token ids, params) requests and yields each one's output so far whenever it has grown. If the
         caller stops iterating, the rest is aborted. Several streams may be read in turns; each step moves all of them on."""
+        with closing(self._moved(requests)) as moved:
+            yield from map(self.engine.output, moved)
+
+    def _moved(self, requests: Sequence[Request]) -> Generator[EngineRequest, None, None]:
+        """As `stream`, the requests themselves: each whenever it has grown, which may have been by several tokens if other
+        streams were read meanwhile."""
         for _, ids, params in requests:
             self.engine.check(ids, params)
         mine = {self.engine.add(ids, params, text) for text, ids, params in requests}
         try:
             while mine:
                 grown = [self._grown.pop(i) for i in mine & self._grown.keys()]
-                for output in grown:
-                    if output.finished:
-                        mine.discard(output.request_id)
-                    yield output
+                for request in grown:
+                    if request.finished:
+                        mine.discard(request.request_id)
+                    yield request
                 if not grown:
-                    self._grown.update((output.request_id, output) for output in self.engine.step())
+                    self._grown.update((request.request_id, request) for request in self.engine.advance())
         finally:
             for request_id in mine if self.ranks.alive else ():
                 self.engine.abort(request_id)
@@ -184,7 +199,33 @@ class LLM:
         return self.tokenizer.encode(prompt)
 
 
+def _ranks(config: EngineConfig, model: ModelConfig, rendezvous: Rendezvous, progress: bool) -> "Ranks":
+    """Rank 0's hold on all ranks. Those that this process has to start come first: they import while this rank does."""
+    started: Started | None = None
+    if rendezvous.size < config.tp and config.communicator != "loopback":
+        rendezvous, started = launch(config)
+    try:
+        from qtp.worker.ranks import Ranks
+    except BaseException:  # such as Ctrl-C; from here on Ranks sees to the end of the others
+        if started is not None:
+            started.stop(grace=0.0)
+        if rendezvous.listener is not None:
+            os.close(rendezvous.listener)
+        raise
+    from tqdm import tqdm
+
+    total = shares(model, config.grid(), config.dtype)[0].weight_bytes
+    with tqdm(total=total, unit="B", unit_scale=True, desc="weights of rank 0", disable=not progress, leave=False) as bar:
+
+        def read(count: int) -> None:
+            bar.update(count)
+
+        return Ranks(config, model, rendezvous, started, read)
+
+
 def _check_communicator(config: EngineConfig, world_size: int) -> None:
+    from collectives.registry import available
+
     known = sorted({*available(), "loopback"})
     if config.communicator not in known:
         raise ValueError(f"communicator {config.communicator!r} is unknown; choose one of auto, {', '.join(known)}")
@@ -201,7 +242,7 @@ def _check_communicator(config: EngineConfig, world_size: int) -> None:
 def cpu_communicator(config: EngineConfig, rendezvous: Rendezvous) -> str:
     """What CPU ranks talk over where nothing was chosen: shared memory inside a host, gloo between hosts and where the native
     code was not built. The same on every rank of hosts that are alike."""
-    if shm.why_not() is not None:
+    if SHM.why_not() is not None:
         return "gloo"
     if rendezvous.size == 1:  # the ranks are yet to be started, by this process
         return "gloo" if config.ray_address is not None else "shm"
@@ -210,8 +251,25 @@ def cpu_communicator(config: EngineConfig, rendezvous: Rendezvous) -> str:
     return "hierarchical"
 
 
-def _advance(bar: "tqdm[Any]", count: int) -> None:
-    bar.update(count)
+def _has_cuda(config: EngineConfig) -> bool:
+    """Whether torch finds a CUDA (or ROCm) device; torch is not asked where the answer does not matter or there is no driver."""
+    if config.device not in ("auto", "cuda") or not (_has_nvidia_driver() or Path("/dev/kfd").exists()):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _has_nvidia_driver() -> bool:
+    if sys.platform != "linux":
+        return True  # let torch find out
+    import ctypes
+
+    try:
+        ctypes.CDLL("libcuda.so.1")  # what the CUDA runtime itself looks for
+    except OSError:
+        return False
+    return True
 
 
 def prepare(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
@@ -222,11 +280,15 @@ def prepare(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
     model = ModelConfig.load(folder)
     world_size = rendezvous.size
     config = replace(config, model=str(folder))
-    asked, chosen = config.communicator, cpu_communicator(config, rendezvous)
-    config = resolve(config, model, world_size, cuda=torch.cuda.is_available(), cpu_communicator=chosen)
-    if (asked, config.communicator) == ("auto", "gloo") and (reason := shm.why_not()) and rendezvous.rank == 0:
+    asked, any_kernels = config.communicator, config.kernels == "auto"
+    chosen = cpu_communicator(config, rendezvous) if asked == "auto" and config.tp != 1 else ""
+    config = resolve(config, model, world_size, cuda=_has_cuda(config), cpu_communicator=chosen)
+    if asked != "auto":
+        _check_communicator(config, world_size)
+    elif config.communicator == "gloo" and (reason := SHM.why_not()) and rendezvous.rank == 0:
         log.warning("ranks talk over gloo, which is slower than shared memory: %s", reason)
-    _check_communicator(config, world_size)
+    if any_kernels and config.device == "cpu" and (reason := why_no_kernels()) and rendezvous.rank == 0:
+        log.warning("the arithmetic is torch's own, which is slower than compiled kernels: %s", reason)
     store = Store(folder)
     verify(store, declare(model), config.grid())
     return config, model

@@ -5,6 +5,8 @@ import os
 from dataclasses import dataclass, replace
 
 from qtp.config import EngineConfig, ModelConfig
+from qtp.kernels.extension import why_not
+from qtp.layout.leaves import check_leaves
 from qtp.layout.split import Grid
 from qtp.weights.names import declare
 
@@ -59,7 +61,7 @@ def context_limit(model: ModelConfig) -> int:
 def resolve(
     config: EngineConfig, model: ModelConfig, world_size: int, *, cuda: bool, cpu_communicator: str = "gloo"
 ) -> EngineConfig:
-    """`config` with tp, dtype, device, communicator, max_model_len and num_kv_blocks settled.
+    """`config` with tp, dtype, device, communicator, kernels, max_model_len and num_kv_blocks settled.
 
     world_size: what a launcher started, 1 for a lone process; cpu_communicator: what several ranks on CPUs talk over unless
     they are told. Raises ValueError for a choice that cannot be.
@@ -77,6 +79,8 @@ def resolve(
     model.check_world(tp)
     config = replace(config, tp=tp)
     grid = config.grid()
+    if config.deterministic:
+        check_leaves(grid)
     if model.moe is not None and config.moe_ep > model.moe.num_experts:
         raise ValueError(
             f"moe_ep {config.moe_ep} is more than the {model.moe.num_experts} experts; use {model.moe.num_experts} or less"
@@ -94,12 +98,23 @@ def resolve(
     communicator = config.communicator
     if communicator == "auto":
         communicator = "solo" if tp == 1 else {"cpu": cpu_communicator, "cuda": "nccl", "npu": "hccl"}[device]
-    config = replace(config, dtype=dtype, device=device, communicator=communicator, max_model_len=length)
+    config = replace(
+        config, dtype=dtype, device=device, communicator=communicator, max_model_len=length, kernels=_kernels(config, device)
+    )
     blocks = config.num_kv_blocks or _kv_blocks(config, model, grid, length)
     if device == "cpu" and (needed := blocks * _block_bytes(config, model, grid)) > machine_bytes():
         has = machine_bytes() / 2**30
         raise ValueError(f"{blocks} KV blocks need {needed / 2**30:.1f} GiB, and this machine has {has:.1f}; lower num_kv_blocks")
     return replace(config, num_kv_blocks=blocks)
+
+
+def _kernels(config: EngineConfig, device: str) -> str:
+    reason = why_not() if device == "cpu" else f"they run on cpu, not on device {device}"
+    if config.kernels == "native" and reason is not None:
+        raise ValueError(f"kernels 'native': {reason}; or choose torch")
+    if config.deterministic and (reason is not None or config.kernels == "torch"):
+        raise ValueError(f"deterministic needs the native kernels: {reason or 'torch was chosen'}; or leave it away")
+    return config.kernels if config.kernels != "auto" else "native" if reason is None else "torch"
 
 
 def machine_bytes() -> int:
@@ -132,10 +147,13 @@ def describe(config: EngineConfig, model: ModelConfig) -> list[str]:
     experts = f" (moe_ep {grid.moe_ep}, moe_tp {grid.moe_tp})" if model.moe is not None else ""
     kv = (config.num_kv_blocks or 0) * _block_bytes(config, model, grid) / 2**20
     head = (
-        f"tp {config.tp}{experts}, {config.dtype} on {config.device}, communicator {config.communicator}, {config.num_kv_blocks} "
-        f"KV blocks of {config.block_size} tokens ({kv:.1f} MiB on the fullest rank), context {config.max_model_len}"
+        f"tp {config.tp}{experts}, {config.dtype} on {config.device}, communicator {config.communicator}, "
+        f"{config.kernels} kernels, {config.num_kv_blocks} KV blocks of {config.block_size} tokens "
+        f"({kv:.1f} MiB on the fullest rank), context {config.max_model_len}"
     )
     waste = f"the fullest rank holds {max(weights) * len(weights) / sum(weights):.2f} times the mean"
+    if config.deterministic:
+        head += ", deterministic"
     return [head, *(_row(row, model.moe is not None) for row in rows), waste]
 
 

@@ -76,6 +76,8 @@ def parser() -> argparse.ArgumentParser:
     )
     ranks.add_argument("--threads", type=int, help="of each rank; default: its share of the cores")
     ranks.add_argument("--bind_cpu", type=boolean, default=True, metavar="0|1", help="pin each rank to its share of the cores")
+    ranks.add_argument("--kernels", default="auto", help="auto, native, torch")
+    ranks.add_argument("--deterministic", action="store_true", help="the same bits in any company and at 1, 2, 4, 8 ranks")
     ranks.add_argument("--block_size", type=int, default=128, help="tokens in a KV block")
     ranks.add_argument("--num_kv_blocks", type=int, help="default: what the requests need")
     ranks.add_argument("--max_prefill_tokens", type=int, default=-1, help="token budget of a step")
@@ -168,6 +170,8 @@ def command(argv: list[str] | None) -> int:
             moe_ep=args.moe_ep,
             moe_tp=args.moe_tp,
             dtype=args.dtype,
+            kernels=args.kernels,
+            deterministic=args.deterministic,
             device=args.device,
             communicator=args.communicator,
             block_size=args.block_size,

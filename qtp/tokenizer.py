@@ -1,19 +1,19 @@
-"""Text to ids and back, and chat templates, from the files of a checkpoint folder."""
+"""Text to ids and back, and chat templates, from the files of a checkpoint folder.
+
+The libraries for either are imported where they are used: a run on token ids needs neither.
+"""
 
 import json
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
-
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Regex, decoders, normalizers, pre_tokenizers
-from tokenizers import Tokenizer as Backend
-from tokenizers.models import BPE
+from typing import TYPE_CHECKING, Any
 
 from qtp.config import read_json
+
+if TYPE_CHECKING:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from tokenizers import Tokenizer as Backend
 
 _QWEN2_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -66,7 +66,9 @@ class Tokenizer:
         return template
 
 
-def _backend(folder: Path, settings: dict[str, Any]) -> Backend:
+def _backend(folder: Path, settings: dict[str, Any]) -> "Backend":
+    from tokenizers import Tokenizer as Backend
+
     whole, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
     try:
         if whole.exists():
@@ -80,7 +82,11 @@ def _backend(folder: Path, settings: dict[str, Any]) -> Backend:
     )
 
 
-def _byte_level(vocab: Path, merges: Path, settings: dict[str, Any]) -> Backend:
+def _byte_level(vocab: Path, merges: Path, settings: dict[str, Any]) -> "Backend":
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.models import BPE
+
     backend = Backend(BPE.from_file(str(vocab), str(merges)))
     backend.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(_QWEN2_PATTERN), behavior="isolated")
@@ -97,7 +103,11 @@ def _content(token: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment() -> "ImmutableSandboxedEnvironment":
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 

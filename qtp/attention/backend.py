@@ -8,16 +8,17 @@ from qtp.batch import Batch
 
 
 class AttentionBackend(Protocol):
-    """Causal attention of one rank's query heads over the KV heads they read. T tokens, H local query heads, d head_dim.
+    """Causal attention of one rank's query heads over the KV heads they read, rope and the writing of the KV cache included.
+    T tokens, H local query heads, K local KV heads, d head_dim."""
 
-    The keys and values of the step's own tokens are in the cache before `run` is called.
-    """
-
-    def plan(self, batch: Batch) -> object:
-        """What `run` needs to know of a step, made once for all layers."""
+    def plan(self, batch: Batch, cos: Tensor, sin: Tensor) -> object:
+        """What `run` needs to know of a step, made once for all layers. cos, sin: [T, d / 2] float32, for the positions."""
         ...
 
-    def run(self, plan: object, layer: int, query_THd: Tensor, window: int | None) -> Tensor:
+    def run(self, plan: object, layer: int, qkv_THd: Tensor, window: int | None) -> Tensor:
         """[T, H, d]: softmax(q k^T / sqrt(d)) v for each token over its sequence up to itself, or over the last `window`
-        tokens of it (itself included)."""
+        tokens of it (itself included).
+
+        qkv_THd: [T, H + 2 K, d], queries, keys, values; it may be written to. Queries and keys are turned by their positions
+        (arXiv 2104.09864; halves are first and second, not interleaved), keys and values go to the cache at the batch's slots."""
         ...

@@ -28,9 +28,13 @@ class _Chunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Plan:
-    """decode_slots [S, longest]: the slots of each sequence in order of position, padded with its first, so that no slot is
-    read that was not written; decode_lens [S]; longest: the largest of them."""
+    """slots [T] of the step's tokens; cos, sin [T, 1, d / 2] in the cache's dtype. decode_slots [S, longest]: the slots of each
+    decoding sequence in order of position, padded with its first, so that no slot is read that was not written; decode_lens [S];
+    longest: the largest of them."""
 
+    slots: Tensor
+    cos: Tensor
+    sin: Tensor
     decode_slots: Tensor
     decode_lens: Tensor
     longest: int
@@ -49,7 +53,7 @@ class TorchAttention:
         self.uniform = kv_of == tuple(h // group for h in range(kv_heads * group))
         self.kv_of_H = torch.tensor(kv_of, device=device)
 
-    def plan(self, batch: Batch) -> _Plan:
+    def plan(self, batch: Batch, cos: Tensor, sin: Tensor) -> _Plan:
         decodes = batch.num_decodes
         lens = batch.kv_lens[:decodes]
         longest = max(lens, default=0)
@@ -60,7 +64,11 @@ class TorchAttention:
             slots = self._slots((table,), torch.arange(length, device=self.device)[None])[0]
             chunks.append(_Chunk(first=first, count=count, start=length - count, slots=slots))
             first += count
+        dtype = self.cache.keys.dtype
         return _Plan(
+            slots=batch.slots_T,
+            cos=cos[:, None].to(dtype),
+            sin=sin[:, None].to(dtype),
             decode_slots=self._slots(batch.tables[:decodes], torch.where(at < lens_S[:, None], at, 0)),
             decode_lens=lens_S,
             longest=longest,
@@ -68,8 +76,12 @@ class TorchAttention:
             chunks=tuple(chunks),
         )
 
-    def run(self, plan: object, layer: int, query_THd: Tensor, window: int | None) -> Tensor:
+    def run(self, plan: object, layer: int, qkv_THd: Tensor, window: int | None) -> Tensor:
         assert isinstance(plan, _Plan)
+        heads, kv_heads = len(self.kv_of_H), self.cache.keys.shape[3]
+        qk_THd, value_TKd = qkv_THd.split((heads + kv_heads, kv_heads), dim=1)
+        query_THd, key_TKd = rotate(qk_THd, plan.cos, plan.sin).split((heads, kv_heads), dim=1)
+        self.cache.write(layer, plan.slots, key_TKd, value_TKd)
         out_THd = torch.empty_like(query_THd)
         decodes = len(plan.decode_lens)
         if decodes:
@@ -129,3 +141,9 @@ class TorchAttention:
         blocks = torch.tensor(padded, dtype=torch.int64, device=self.device).view(len(tables), width)
         size = self.cache.block_size
         return blocks.gather(1, positions // size) * size + positions % size
+
+
+def rotate(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each head's vector turned by its position: [T, H, d] to [T, H, d], with cos and sin [T, 1, d / 2]."""
+    first, second = x_THd.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -9,10 +9,10 @@ class Decoder(Protocol):
 
 
 class Detokenizer:
-    """Decodes token by token. Bytes of a character that is not complete yet are held back until it is.
+    """Text so far of tokens that come one by one. Bytes of a character that is not complete yet are held back until it is.
 
-    A byte-level token may change how its left neighbour decodes only within one window, so each step decodes just the
-    tokens since the last text that was complete.
+    Nothing is decoded before the text is asked for. A byte-level token may change how its left neighbour decodes only within
+    one window, so just the tokens since the last text that was complete are decoded then.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -20,22 +20,35 @@ class Detokenizer:
         self._ids: list[int] = []
         self._from = 0
         self._read = 0
-        self.text = ""
+        self._seen = 0
+        self._text = ""
 
     def add(self, token_id: int) -> None:
         self._ids.append(token_id)
-        known = self._decoder.decode(self._ids[self._from : self._read])
-        now = self._decoder.decode(self._ids[self._from :])
-        if len(now) > len(known) and not now.endswith("\ufffd"):
-            self._accept(known, now)
+
+    @property
+    def text(self) -> str:
+        if self._seen < len(self._ids):
+            self._seen = len(self._ids)
+            known = self._known()
+            for end in range(self._seen, self._read, -1):
+                now = self._decoder.decode(self._ids[self._from : end])
+                if len(now) > len(known) and not now.endswith("\ufffd"):
+                    self._accept(known, now, end)
+                    break
+        return self._text
 
     def flush(self) -> None:
         """No more tokens come: takes what was held back as it is."""
-        self._accept(self._decoder.decode(self._ids[self._from : self._read]), self._decoder.decode(self._ids[self._from :]))
+        self._seen = len(self._ids)
+        self._accept(self._known(), self._decoder.decode(self._ids[self._from :]), self._seen)
 
-    def _accept(self, known: str, now: str) -> None:
-        self.text += now[len(known) :]
-        self._from, self._read = self._read, len(self._ids)
+    def _known(self) -> str:
+        return self._decoder.decode(self._ids[self._from : self._read]) if self._read > self._from else ""
+
+    def _accept(self, known: str, now: str, end: int) -> None:
+        self._text += now[len(known) :]
+        self._from, self._read = self._read, end
 
 
 def find_stop(text: str, stops: Sequence[str], known: int) -> int | None:

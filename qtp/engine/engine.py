@@ -100,14 +100,18 @@ class Engine:
         self._forget_if_idle()
 
     def step(self) -> list[RequestOutput]:
-        """Runs one step and returns the requests that it moved on, finished ones for the last time."""
+        """Runs one step and returns the outputs of the requests that it moved on, finished ones for the last time."""
+        return [self.output(request) for request in self.advance()]
+
+    def advance(self) -> list[Request]:
+        """As `step`, for callers that do not want every output so far: `output` makes one of a request."""
         plan, chosen = self.scheduler.schedule()
         assert plan.chunks or not self.scheduler.has_work, "there is work, but no sequence could be scheduled"
         now = time.perf_counter()
         by_id = {s.seq_id: s for s in chosen}
-        for chunk in plan.chunks:
-            request = by_id[chunk.seq_id].request
-            request.started = now if request.started is None else request.started
+        for s in chosen:
+            if s.request.started is None:
+                s.request.started = now
         result = self.executor.execute(plan)
         assert result.step == plan.step, (result.step, plan.step)
         moved: dict[int, Request] = {}
@@ -115,12 +119,29 @@ class Engine:
             s = by_id[sample.seq_id]
             self._take(s, sample, plan)
             moved[s.request.request_id] = s.request
-        outputs = [self._output(request) for request in moved.values()]
         for request in moved.values():
             if request.finished:
                 del self._requests[request.request_id]
         self._forget_if_idle()
-        return outputs
+        return list(moved.values())
+
+    def output(self, request: Request) -> RequestOutput:
+        """The request so far."""
+        prompt = None
+        if request.params.prompt_logprobs is not None:
+            told = request.prompt_logprobs
+            prompt = (None, *(told[p] for p in range(1, len(request.prompt_ids)) if p in told))
+        started, first, last = request.started or 0.0, request.first_token or 0.0, request.last_token or 0.0
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_ids,
+            outputs=tuple(map(_completion, request.sequences)),
+            prompt_logprobs=prompt,
+            finished=request.finished,
+            prefill_seconds=max(0.0, first - started),
+            decode_seconds=max(0.0, last - first),
+        )
 
     def _forget_if_idle(self) -> None:
         """With no step to come, the workers learn at once what to forget."""
@@ -150,39 +171,17 @@ class Engine:
         ends = token in s.request.stop_ids and produced >= params.min_tokens
         full = len(s.tokens) >= s.request.max_len
         if s.detokenizer is not None:
-            known = len(s.detokenizer.text)
+            known = len(s.detokenizer.text) if params.stops else 0  # without stops the text may wait until it is asked for
             if not (ends and token in self.eos_ids):
                 s.detokenizer.add(token)
             if ends or full:
                 s.detokenizer.flush()
-            s.text_end = find_stop(s.detokenizer.text, params.stops, known) if produced >= params.min_tokens else None
+            if params.stops and produced >= params.min_tokens:
+                s.text_end = find_stop(s.detokenizer.text, params.stops, known)
         if ends or s.text_end is not None:
             s.finish_reason = "stop"
         elif full:
             s.finish_reason = "length"
-
-    def _output(self, request: Request) -> RequestOutput:
-        prompt = None
-        if request.params.prompt_logprobs is not None:
-            told = request.prompt_logprobs
-            prompt = (None, *(told[p] for p in range(1, len(request.prompt_ids)) if p in told))
-        started, first, last = request.started or 0.0, request.first_token or 0.0, request.last_token or 0.0
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_ids,
-            outputs=tuple(self._completion(s) for s in request.sequences),
-            prompt_logprobs=prompt,
-            finished=request.finished,
-            prefill_seconds=max(0.0, first - started),
-            decode_seconds=max(0.0, last - first),
-        )
-
-    def _completion(self, s: Sequence) -> CompletionOutput:
-        logprobs = None if s.request.params.logprobs is None else tuple(s.logprobs)
-        return CompletionOutput(
-            index=s.index, text=s.text, token_ids=tuple(s.output_ids), logprobs=logprobs, finish_reason=s.finish_reason
-        )
 
     def _named(self, told: TokenLogprobs) -> dict[int, Logprob]:
         return {
@@ -221,6 +220,13 @@ def check_request(
             f"{len(prompt_ids)} prompt tokens and {params.max_tokens or 'all'} to generate need {needed} KV blocks of "
             f"{pool.block_size} tokens, and there are {pool.num_blocks}; raise num_kv_blocks or lower max_tokens"
         )
+
+
+def _completion(s: Sequence) -> CompletionOutput:
+    logprobs = None if s.request.params.logprobs is None else tuple(s.logprobs)
+    return CompletionOutput(
+        index=s.index, text=s.text, token_ids=tuple(s.output_ids), logprobs=logprobs, finish_reason=s.finish_reason
+    )
 
 
 def _spec(params: SamplingParams, request: Request, seed: int, index: int) -> SamplingSpec:

@@ -43,22 +43,23 @@ class Scheduler:
         budget, before = self.max_num_batched_tokens, self.preemptions
         chosen: list[tuple[Sequence, Chunk]] = []
         started: list[NewSequence] = []
-        for s in list(self.running):
-            if budget == 0:
-                break
-            if s not in self.running:  # preempted by an older one in this very step
-                continue
+        place = 0
+        while place < len(self.running) and budget:  # those who are preempted on the way leave from the end
+            s = self.running[place]
             count = min(len(s.tokens) - s.computed, budget)
             blocks = self._take_preempting(s, s.computed + count)
             if blocks is None:
-                continue
+                break
             chosen.append((s, self._chunk(s, count, blocks)))
             budget -= count
+            place += 1
+        unpromised = self._unpromised() if self.waiting else 0
         while self.waiting and self.preemptions == before and budget and self._has_seat(len(started)):
             s = self.waiting[0]
             count = min(len(s.tokens), budget)
-            if self._unpromised() < self.pool.needed(len(s.tokens)):
+            if unpromised < self.pool.needed(len(s.tokens)):
                 break
+            unpromised -= self.pool.needed(len(s.tokens))
             blocks = self.pool.take(self.pool.needed(count))
             assert blocks is not None
             self.running.append(self.waiting.popleft())

@@ -1,6 +1,6 @@
 """Rotary position embedding (arXiv 2104.09864), with static YaRN (arXiv 2309.00071).
 
-Halves are (first, second), not interleaved. Shapes: T tokens, H heads, d = head_dim.
+Shapes: T tokens, d = head_dim.
 """
 
 from math import ceil, floor, log, pi
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from qtp.config import RopeConfig
+
+_PIECE = 2048
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
@@ -31,19 +33,21 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 class Rope:
-    """cos and sin for the positions of a step, and the rotation."""
+    """cos and sin for the positions of a step; the attention backend rotates by them. They are made for whole pieces of _PIECE
+    positions at a time and kept: so they are the same bits for a position whatever else is in the step."""
 
     def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device) -> None:
         self.frequencies = inverse_frequencies(rope, head_dim).to(device)
         self.attention_factor = rope.attention_factor
+        self._made = torch.empty(2, 0, head_dim // 2, device=device)
 
-    def table(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, [T, 1, d / 2] each; made once a step."""
-        angles = positions_T.to(torch.float32)[:, None, None] * self.frequencies
-        return (angles.cos() * self.attention_factor).to(dtype), (angles.sin() * self.attention_factor).to(dtype)
-
-
-def rotate(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each head's vector turned by its position: [T, H, d] to [T, H, d]."""
-    first, second = x_THd.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    def table(self, positions_T: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """cos and sin, [T, d / 2] float32 each. All positions are below `longest`."""
+        while self._made.shape[1] < longest:
+            start = self._made.shape[1]
+            positions = torch.arange(start, start + _PIECE, dtype=torch.float32, device=self._made.device)
+            angles = positions[:, None] * self.frequencies
+            piece = torch.stack((angles.cos(), angles.sin())) * self.attention_factor
+            self._made = torch.cat((self._made, piece), dim=1)
+        cos, sin = self._made.index_select(1, positions_T).unbind()
+        return cos, sin

@@ -5,22 +5,19 @@ Every rank holds its own query heads with the KV heads they read, its own MLP co
 the same on all ranks. A block reduces twice, where the two partial sums join the residual stream.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from collectives.communicator import Communicator
 from qtp.attention.backend import AttentionBackend
 from qtp.batch import Batch
 from qtp.config import ModelConfig
-from qtp.kv.cache import KVCache
-from qtp.layers.attention import Attention, Step
+from qtp.kernels.interface import Cuts, Kernels, Op
+from qtp.layers.attention import Attention
 from qtp.layers.embedding import VocabEmbedding
-from qtp.layers.linear import Linear
 from qtp.layers.mlp import GatedMLP
-from qtp.layers.norm import RMSNorm
 from qtp.layers.rope import Rope
 from qtp.layout.split import Grid, even
 from qtp.weights.loader import Shard
@@ -28,76 +25,80 @@ from qtp.weights.loader import Shard
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where a rank's model stands: its rank in the grid, how it talks, its KV cache and how it attends over it."""
+    """Where a rank's model stands: its rank in the grid, how it talks and adds up partial sums, what it computes with, how it
+    attends. cuts: of row linears by name of their weight, where sums must not depend on the world size."""
 
     rank: int
     grid: Grid
     comm: Communicator
-    cache: KVCache
+    reduce: Op
+    kernels: Kernels
     attention: AttentionBackend
+    cuts: Mapping[str, Cuts]
 
 
 class Block:
     """One decoder layer. `feed_forward` is a GatedMLP or a MoE: either gives one partial sum."""
 
-    def __init__(
-        self,
-        input_norm: RMSNorm,
-        attention: Attention,
-        post_norm: RMSNorm,
-        feed_forward: Callable[[Tensor], Tensor],
-        comm: Communicator,
-    ) -> None:
+    def __init__(self, input_norm: Op, attention: Attention, post_norm: Op, feed_forward: Op, reduce: Op) -> None:
         self.input_norm, self.attention = input_norm, attention
         self.post_norm, self.feed_forward = post_norm, feed_forward
-        self.reduce = comm.all_reduce
+        self.reduce = reduce
 
-    def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
-        x_TD = x_TD + self.reduce(self.attention(self.input_norm(x_TD), step))
+    def __call__(self, x_TD: Tensor, plan: object) -> Tensor:
+        x_TD = x_TD + self.reduce(self.attention(self.input_norm(x_TD), plan))
         return x_TD + self.reduce(self.feed_forward(self.post_norm(x_TD)))
 
 
 class Qwen2ForCausalLM:
-    """The forward of one rank. `hidden` and `logits` communicate: every rank calls both with the same batch."""
+    """The forward of one rank. `hidden` communicates: every rank calls it with the same batch."""
 
     def __init__(self, config: ModelConfig, shard: Shard, place: Place, blocks: Sequence[Block] | None = None) -> None:
         self.vocab = even(config.vocab_size, place.grid.size, place.rank)
         self.embed = VocabEmbedding(shard["embed.weight"], self.vocab.start, place.comm)
-        self.blocks = blocks or [block(config, shard, place, i, mlp(shard, f"layers.{i}.mlp")) for i in range(config.num_layers)]
-        self.norm = RMSNorm(shard["norm.weight"], config.rms_norm_eps)
-        self.lm_head = Linear(shard["embed.weight" if config.tie_word_embeddings else "lm_head.weight"])
+        self.blocks = blocks or [
+            block(config, shard, place, i, mlp(shard, place, f"layers.{i}.mlp")) for i in range(config.num_layers)
+        ]
+        self.norm = place.kernels.rms_norm(shard["norm.weight"], config.rms_norm_eps)
+        self.head = place.kernels.head(shard["embed.weight" if config.tie_word_embeddings else "lm_head.weight"])
         self.rope = Rope(config.rope, config.head_dim, shard["norm.weight"].device)
         self.backend = place.attention
 
     def hidden(self, batch: Batch) -> Tensor:
         """[T, D] after the final norm."""
         x_TD = self.embed(batch.token_ids_T)
-        step = Step(batch, *self.rope.table(batch.positions_T, x_TD.dtype), self.backend.plan(batch))
+        plan = self.backend.plan(batch, *self.rope.table(batch.positions_T, max(batch.kv_lens)))
         for block in self.blocks:
-            x_TD = block(x_TD, step)
+            x_TD = block(x_TD, plan)
         return self.norm(x_TD)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """[R, V] float32: the columns `vocab` of the logits. No communication."""
-        return self.lm_head(hidden_RD).to(torch.float32)
+        return self.head.logits(hidden_RD)
+
+    def best(self, hidden_RD: Tensor, count: int, allowed: int) -> tuple[Tensor, Tensor]:
+        """The best `count` of the first `allowed` columns of the logits, as `Head.best`. No communication."""
+        return self.head.best(hidden_RD, count, allowed)
 
 
-def block(config: ModelConfig, shard: Shard, place: Place, layer: int, feed_forward: Callable[[Tensor], Tensor]) -> Block:
-    own = f"layers.{layer}"
+def block(config: ModelConfig, shard: Shard, place: Place, layer: int, feed_forward: Op) -> Block:
+    own, kernels = f"layers.{layer}", place.kernels
     attention = Attention(
-        Linear(shard[f"{own}.attention.qkv.weight"], shard.get(f"{own}.attention.qkv.bias")),
-        Linear(shard[f"{own}.attention.o.weight"]),
+        kernels.linear(shard[f"{own}.attention.qkv.weight"], shard.get(f"{own}.attention.qkv.bias")),
+        row_linear(shard, place, f"{own}.attention.o.weight"),
         place.attention,
-        place.cache,
         layer=layer,
-        heads=len(config.heads.query(place.rank, place.grid)),
-        kv_heads=len(config.heads.kv(place.rank, place.grid)),
+        head_dim=config.head_dim,
         window=config.sliding_window[layer],
     )
-    input_norm = RMSNorm(shard[f"{own}.input_norm.weight"], config.rms_norm_eps)
-    post_norm = RMSNorm(shard[f"{own}.post_norm.weight"], config.rms_norm_eps)
-    return Block(input_norm, attention, post_norm, feed_forward, place.comm)
+    input_norm = kernels.rms_norm(shard[f"{own}.input_norm.weight"], config.rms_norm_eps)
+    post_norm = kernels.rms_norm(shard[f"{own}.post_norm.weight"], config.rms_norm_eps)
+    return Block(input_norm, attention, post_norm, feed_forward, place.reduce)
 
 
-def mlp(shard: Shard, own: str) -> GatedMLP:
-    return GatedMLP(Linear(shard[f"{own}.gate_up.weight"]), Linear(shard[f"{own}.down.weight"]))
+def mlp(shard: Shard, place: Place, own: str) -> GatedMLP:
+    return GatedMLP(place.kernels.gated(shard[f"{own}.gate_up.weight"]), row_linear(shard, place, f"{own}.down.weight"))
+
+
+def row_linear(shard: Shard, place: Place, name: str) -> Op:
+    return place.kernels.linear(shard[name], cuts=place.cuts.get(name))

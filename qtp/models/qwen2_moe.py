@@ -5,8 +5,10 @@ grid and by columns inside a group, the shared expert by columns over all ranks;
 """
 
 from qtp.config import ModelConfig, MoeConfig
-from qtp.layers.linear import Linear
+from qtp.kernels.interface import Expert
+from qtp.layers.mlp import GatedMLP
 from qtp.layers.moe import MoE
+from qtp.layout.leaves import leaf_experts
 from qtp.models.qwen2 import Place, Qwen2ForCausalLM, block, mlp
 from qtp.weights.loader import Shard
 
@@ -22,20 +24,28 @@ class Qwen2MoeForCausalLM(Qwen2ForCausalLM):
                 shard,
                 place,
                 i,
-                moe(config.moe, shard, f"layers.{i}.moe") if i in config.moe.layers else mlp(shard, f"layers.{i}.mlp"),
+                moe(config.moe, shard, place, f"layers.{i}.moe")
+                if i in config.moe.layers
+                else mlp(shard, place, f"layers.{i}.mlp"),
             )
             for i in range(config.num_layers)
         ]
         super().__init__(config, shard, place, blocks)
 
 
-def moe(config: MoeConfig, shard: Shard, own: str) -> MoE:
-    held = [e for e in range(config.num_experts) if shard[f"{own}.experts.{e}.down.weight"].numel()]
+def moe(config: MoeConfig, shard: Shard, place: Place, own: str) -> MoE:
+    kernels = place.kernels
+    weights = [
+        Expert(*(shard[f"{own}.experts.{e}.{name}.weight"] for name in ("gate_up", "down"))) for e in range(config.num_experts)
+    ]
+    down, cuts = shard[f"{own}.shared.down.weight"], place.cuts.get(f"{own}.shared.down.weight")
+    shared_down = kernels.linear(down) if cuts is None else kernels.linear_leaves(down, cuts)
+    leaves = None if cuts is None else leaf_experts(config.num_experts, place.rank, place.grid)
     return MoE(
-        router=Linear(shard[f"{own}.router.weight"]),
-        experts={e: mlp(shard, f"{own}.experts.{e}") for e in held},
-        shared=mlp(shard, f"{own}.shared"),
-        shared_gate=Linear(shard[f"{own}.shared_gate.weight"]),
-        top_k=config.top_k,
-        norm_topk_prob=config.norm_topk_prob,
+        router=kernels.linear(shard[f"{own}.router.weight"]),
+        choose=kernels.choose(config.top_k, config.norm_topk_prob),
+        experts=kernels.experts({e: expert for e, expert in enumerate(weights) if expert.down.numel()}, leaves),
+        shared=GatedMLP(kernels.gated(shard[f"{own}.shared.gate_up.weight"]), shared_down),
+        shared_gate=kernels.linear(shard[f"{own}.shared_gate.weight"]),
+        scale=kernels.scale,
     )

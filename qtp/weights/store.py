@@ -44,6 +44,9 @@ class Entry:
     offset: int
 
 
+_State = tuple[int, int, int, int]  # device, inode, size, time of the last change: of a file
+
+
 class Store:
     """The tensors of a folder by name. Files are opened once and read with positioned reads, so threads may share a Store.
 
@@ -55,10 +58,12 @@ class Store:
         self.bytes_read = 0
         self._lock = threading.Lock()
         self._descriptors: dict[Path, int] = {}
+        self._states: dict[Path, _State] = {}
         self.entries: dict[str, Entry] = {}
         files, weight_map = _files(folder)
         for file in files:
-            self.entries.update(_header(file))
+            entries, self._states[file] = _header(file)
+            self.entries.update(entries)
         for name, file_name in weight_map.items():
             if name not in self.entries or self.entries[name].file.name != file_name:
                 raise ValueError(
@@ -92,6 +97,12 @@ class Store:
             _read_fully(descriptor, buffer[at * item : (at + count) * item], entry.offset + start * item, entry.file)
         with self._lock:
             self.bytes_read += buffer.nbytes
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError if a file that was read from is not as it was when its header was read."""
+        for file, descriptor in self._descriptors.items():
+            if _state(descriptor) != self._states[file]:
+                raise ValueError(f"{file}: changed while it was read; start again when it is complete")
 
     def __enter__(self) -> Self:
         return self
@@ -174,10 +185,16 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     return files, {}
 
 
-def _header(file: Path) -> dict[str, Entry]:
+def _state(descriptor: int) -> _State:
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _header(file: Path) -> tuple[dict[str, Entry], _State]:
     try:
-        size = file.stat().st_size
         with file.open("rb") as stream:
+            state = _state(stream.fileno())
+            size = state[2]
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise ValueError(f"{file}: truncated or not a safetensors file ({size} bytes); fetch the file again")
@@ -191,7 +208,7 @@ def _header(file: Path) -> dict[str, Entry]:
     if not isinstance(header, dict):
         raise ValueError(f"{file}: the header is not an object; fetch the file again")
     header.pop("__metadata__", None)
-    return {name: _entry(file, name, fields, 8 + length, size) for name, fields in header.items()}
+    return {name: _entry(file, name, fields, 8 + length, size) for name, fields in header.items()}, state
 
 
 def _entry(file: Path, name: str, fields: Any, data: int, size: int) -> Entry:

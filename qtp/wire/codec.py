@@ -117,13 +117,17 @@ def _scalar(hint: Any, name: str) -> _Reader:
     check = _check(hint, name)
     low, high = _bounds(name)
 
-    def read(source: Any) -> Any:
+    def read_integer(source: Any) -> Any:
         value = source.unpack()
-        if type(value) is int and hint is int and low <= value <= high:  # as `check` says, in half the time
+        if type(value) is int and low <= value <= high:  # as `check` says, in half the time
             return value
         return check([value])[0]
 
-    return read
+    def read(source: Any) -> Any:
+        value = source.unpack()
+        return value if type(value) is hint else check([value])[0]
+
+    return read_integer if hint is int else read
 
 
 def _optional(hint: Any, name: str) -> _Reader:

@@ -3,16 +3,14 @@
 Order on every rank: communicator, control channel (who am I), weights, ready, steps; see `follow` for the other ranks' side.
 """
 
-import json
 import logging
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 
@@ -21,7 +19,6 @@ from collectives.loopback import Loopback, loopback
 from collectives.network import machine_identity
 from collectives.pulse import Pulse, Pulsed
 from collectives.rendezvous import Rendezvous
-from launch import local, ray_cluster
 from launch.affinity import describe, threads_per_rank
 from launch.signals import Interrupted
 from launch.watch import RankDied, Sign, StallDetector, Started, kill, last_words, leave, run_while, within
@@ -48,20 +45,25 @@ Progress = Callable[[int], None]
 class Ranks:
     """Rank 0 of a run, which it brings to life: an `engine.Executor`.
 
-    Under a launcher (rendezvous.size > 1) the other ranks call `follow` themselves; a lone process starts its own, as child
-    processes, as Ray actors or, for the communicator 'loopback', as threads. Raises ValueError for the user's mistakes and
-    RankDied, naming rank, host, pid and cause, when another rank is gone or hangs: from the call that runs, or the next one.
-    With config.on_death 'exit' the process says so and ends with 1, even while no call runs. `close` ends all ranks; it is also
-    called when starting fails.
+    Under a launcher (rendezvous.size > 1) the other ranks call `follow` themselves; `started` are those of a lone process, from
+    `launching.launch`, which this object stops. For the communicator 'loopback' it makes them, as threads. Raises ValueError for
+    the user's mistakes and RankDied, naming rank, host, pid and cause, when another rank is gone or hangs: from the call that
+    runs, or the next one. With config.on_death 'exit' the process says so and ends with 1, even while no call runs. `close` ends
+    all ranks; it is also called when starting fails.
     """
 
     def __init__(
-        self, config: EngineConfig, model: ModelConfig, rendezvous: Rendezvous, progress: Progress = lambda count: None
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        rendezvous: Rendezvous,
+        started: Started | None = None,
+        progress: Progress = lambda count: None,
     ) -> None:
         assert rendezvous.rank == 0
         self._config = config
         self.worker: Worker | None = None
-        self._started: Started | None = None
+        self._started = started
         self._channel: Leader | None = None
         self._comm: Communicator | None = None
         self._threads: list[threading.Thread] = []
@@ -127,8 +129,6 @@ class Ranks:
             self._start_threads(config, model)
             cores = "a thread of this process"
         else:
-            if rendezvous.size < config.tp:
-                rendezvous, self._started = _launch(config)
             check = self._started.check if self._started is not None else lambda: None
             comm = run_while(lambda: communicator(config, rendezvous), check)
             self._comm = Pulsed(comm, self._pulse) if config.tp > 1 else comm
@@ -265,16 +265,6 @@ def _say_stop(channel: Leader) -> None:
         channel.send(Stop())
     except RankDied:
         pass
-
-
-def _launch(config: EngineConfig) -> tuple[Rendezvous, Started]:
-    argv = [sys.executable, "-m", "qtp.worker", json.dumps(asdict(config))]
-    if config.launcher == "ray":
-        resources = {"CPU": float(config.threads or 1)}
-        if config.device != "cpu":
-            resources["GPU" if config.device == "cuda" else "NPU"] = 1.0
-        return ray_cluster.start(config.tp, argv, config.timeout, address=config.ray_address, resources=resources)
-    return local.start(config.tp, argv, config.timeout)
 
 
 def _listen(comm: Communicator, rendezvous: Rendezvous, fingerprint: str) -> SocketLeader:

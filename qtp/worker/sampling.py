@@ -1,28 +1,39 @@
 """Choosing tokens from logits that are cut by vocabulary: sampled once, on rank 0, from as little as need travel.
 
-R rows (sequences), V this rank's part of the vocabulary. Three roads, chosen from the sampling settings alone so that all
-ranks choose alike:
-- greedy without logprobs: each rank sends its best (value, id);
-- top_k up to CANDIDATES: each rank sends its best CANDIDATES pairs, among which the true ones must be;
+R rows (sequences), V this rank's part of the vocabulary, C candidates of a row. Two roads, chosen from the sampling settings
+alone so that all ranks choose alike:
+- greedy, and top_k up to CANDIDATES, without logprobs: each rank sends its best (value, id) pairs, 1 or CANDIDATES of a row,
+  among which the true ones must be. It needs no logits of its own for them, unless penalties or min_tokens change them;
 - everything else: the whole logits of these rows are gathered.
 A draw is fixed by the sequence's seed and the number of tokens it has sampled; order of ids and world size do not matter.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from math import log
+from math import inf, log
 from random import Random
 
 import torch
 from torch import Tensor
 
 from collectives.communicator import Communicator
+from qtp.kernels.torch_kernels import top
 from qtp.wire.messages import Sample, SamplingSpec, TokenLogprobs
 from qtp.worker.sequence import Sequence
 
 CANDIDATES = 64
 PROMPT_TILE = 64
-NEVER = float("-inf")
+NEVER = -inf
+
+Answer = tuple[int, TokenLogprobs | None]
+Logits = Callable[[Rows[int]], Tensor]
+"""logits(rows): [R, V] float32."""
+Best = Callable[[Rows[int], int, int], tuple[Tensor, Tensor]]
+"""best(rows, count, allowed): values [R, count] float32 and columns [R, count] int64 of the best logits of these rows among their
+first `allowed` columns, best first and the lower column first among equals; 1 <= count <= allowed."""
+
+Found = Rows[tuple[Tensor, Tensor]]
 
 
 class Sampler:
@@ -31,68 +42,94 @@ class Sampler:
     def __init__(self, comm: Communicator, sizes: Rows[int], allowed: int) -> None:
         self.comm, self.sizes, self.allowed = comm, tuple(sizes), allowed
         self.start = sum(self.sizes[: comm.rank])
+        self.allowed_here = max(0, min(self.sizes[comm.rank], allowed - self.start))
 
-    def sample(self, logits_RV: Tensor, sequences: Rows[Sequence]) -> list[tuple[int, TokenLogprobs | None]]:
-        """The next token of each row, with logprobs where asked for. Every rank must call it with its part of the same rows;
-        rank 0's answer is the one that counts, the others get an empty list."""
-        roads = [_road(s.sampling) for s in sequences]
-        chosen: dict[int, tuple[int, TokenLogprobs | None]] = {}
-        for road, choose in (("greedy", self._greedy), ("candidates", self._candidates), ("full", self._full)):
-            rows = [i for i, r in enumerate(roads) if r == road]
-            if rows:
-                part = logits_RV if len(rows) == len(roads) else logits_RV[rows]
-                answers = choose(part, [sequences[i] for i in rows])
-                chosen.update(zip(rows, answers, strict=False))
-        return [chosen[i] for i in range(len(roads))] if self.comm.rank == 0 else []
+    def sample(self, logits: Logits, sequences: Rows[Sequence], best: Best | None = None) -> list[Answer]:
+        """The next token of each sequence, with logprobs where asked for. Every rank must call it for the same sequences; rank
+        0's answer is the one that counts, the others get an empty list. `logits` and `best` give this rank's part of the rows
+        they are asked for, by number, ascending: row i is that of sequences[i]. Without `best` the logits are searched."""
+        best = best or (lambda rows, count, allowed: top(logits(rows)[:, :allowed], count))
+        counts = [_candidates(s.sampling) for s in sequences]
+        dense = [i for i, s in enumerate(sequences) if not counts[i] or _is_adjusted(s)]
+        raw = dict(zip(dense, logits(dense), strict=True)) if dense else {}
+        plain = [i for i in range(len(sequences)) if i not in raw]
+        changed = [i for i in dense if counts[i]]
+        full = [i for i in dense if not counts[i]]
+        answers: dict[int, Answer] = {}
+        if plain or changed:
+            count = max(counts)
+            found: list[tuple[Tensor, Tensor]] = []
+            here = min(count, self.allowed_here)
+            if plain and here:
+                found.append(best(plain, here, self.allowed_here))
+            if changed and here:
+                scores = [adjusted(raw[i][: self.allowed_here], sequences[i], self.start) for i in changed]
+                found.append(top(torch.stack(scores), here))
+            if not here:
+                nothing = torch.empty(len(plain + changed), 0, device=self.comm.device)
+                found.append((nothing, nothing.to(torch.int64)))
+            tokens = self._from_best(found, count, [sequences[i] for i in plain + changed])
+            answers.update(zip(plain + changed, ((token, None) for token in tokens), strict=False))
+        if full:
+            told = self._from_all(torch.stack([raw[i] for i in full]), [sequences[i] for i in full])
+            answers.update(zip(full, told, strict=False))
+        return [answers[i] for i in range(len(sequences))] if self.comm.rank == 0 else []
 
     def prompt_logprobs(self, logits_RV: Tensor, targets: Rows[int], count: int) -> tuple[TokenLogprobs, ...]:
         """TokenLogprobs of targets[i] under row i. Every rank must call it; rank 0 gets the answer."""
         full = self._gather(logits_RV)
         return tuple(token_logprobs(row, t, count) for row, t in zip(full, targets, strict=True)) if self.comm.rank == 0 else ()
 
-    def _greedy(self, logits_RV: Tensor, sequences: Rows[Sequence]) -> list[tuple[int, None]]:
-        pairs = self._best(self._processed(logits_RV, sequences), 1)
-        return [(int(row[0, 1]), None) for row in pairs]
+    def _from_best(self, found: Found, count: int, sequences: Rows[Sequence]) -> list[int]:
+        """Tokens of the sequences, on rank 0. found: this rank's best (values, columns) of their rows, in one part or two."""
+        scores, ids = self._merged(found, count)
+        if self.comm.rank != 0:
+            return []
+        tokens: list[int] = ids[:, 0].tolist()
+        drawn = [i for i, s in enumerate(sequences) if s.sampling.temperature > 0]
+        if drawn:
+            for i, token in zip(drawn, _draw(scores[drawn], ids[drawn], [sequences[i] for i in drawn]), strict=True):
+                tokens[i] = token
+        return tokens
 
-    def _candidates(self, logits_RV: Tensor, sequences: Rows[Sequence]) -> list[tuple[int, None]]:
-        pairs = self._best(self._processed(logits_RV, sequences), CANDIDATES)
-        return [(_draw(row[:, 0], row[:, 1], s), None) for row, s in zip(pairs, sequences, strict=True)]
+    def _merged(self, found: Found, count: int) -> tuple[Tensor, Tensor]:
+        """The best `count` values and ids of each row over all ranks, best first and the lower id first among equals, on the CPU;
+        right on rank 0 only. What a rank lacks for `count` is filled up with -inf. Few operations, for each costs 10 microseconds
+        after a forward has emptied the caches."""
+        values, columns = found[0] if len(found) == 1 else (torch.cat([part[i] for part in found]) for i in (0, 1))
+        if self.comm.size == 1:
+            return values.cpu(), columns.cpu()
+        pairs = torch.stack((values.to(torch.float64), (columns + self.start).to(torch.float64)), dim=2)
+        if (lacking := count - pairs.shape[1]) > 0:
+            pairs = torch.cat((pairs, pairs.new_tensor((NEVER, -1.0)).expand(len(pairs), lacking, 2)), dim=1)
+        pairs = self.comm.all_gather(pairs, dim=1).cpu()
+        if self.comm.rank != 0:
+            return pairs[:, :, 0], pairs[:, :, 1]
+        # Ranks come in the order of their ids, so the first of equals is the lowest.
+        seen = pairs[:, :, 0]
+        order = seen.argmax(dim=1, keepdim=True) if count == 1 else seen.argsort(dim=1, descending=True, stable=True)
+        scores, ids = pairs.gather(1, order[:, :count, None].expand(-1, -1, 2)).unbind(2)
+        return scores, ids.to(torch.int64)
 
-    def _full(self, logits_RV: Tensor, sequences: Rows[Sequence]) -> list[tuple[int, TokenLogprobs | None]]:
+    def _from_all(self, logits_RV: Tensor, sequences: Rows[Sequence]) -> list[Answer]:
         full = self._gather(logits_RV)
         if self.comm.rank != 0:
             return []
-        answers: list[tuple[int, TokenLogprobs | None]] = []
+        answers: list[Answer] = []
         for raw, s in zip(full, sequences, strict=True):
-            scores = adjusted(raw[: self.allowed], s, 0).to(torch.float64)
-            token = int(scores.argmax()) if s.sampling.temperature == 0 else _draw(scores, torch.arange(len(scores)), s)
-            wanted = s.sampling.logprobs
-            answers.append((token, None if wanted is None else token_logprobs(raw, token, wanted)))
+            scores, spec = adjusted(raw[: self.allowed], s, 0), s.sampling
+            if spec.temperature == 0:
+                token = int(scores.argmax())
+            else:
+                ids = torch.arange(len(scores))
+                if spec.top_k > 0 or spec.top_p < 1.0:
+                    scores, ids = scores.sort(descending=True, stable=True)
+                (token,) = _draw(scores[None], ids[None], [s])
+            answers.append((token, None if spec.logprobs is None else token_logprobs(raw, token, spec.logprobs)))
         return answers
 
     def _gather(self, logits_RV: Tensor) -> Tensor:
         return self.comm.all_gather(logits_RV, dim=1, sizes=self.sizes).cpu()
-
-    def _processed(self, logits_RV: Tensor, sequences: Rows[Sequence]) -> Tensor:
-        """The rows' allowed columns of this rank, with penalties."""
-        here = logits_RV[:, : max(0, self.allowed - self.start)]
-        if not any(_is_adjusted(s) for s in sequences):
-            return here
-        return torch.stack([adjusted(row, s, self.start) for row, s in zip(here, sequences, strict=True)])
-
-    def _best(self, scores_RV: Tensor, count: int) -> Tensor:
-        """The best `count` (value, id) pairs of each row over all ranks, [R, count, 2] float64 on the CPU, best first and
-        the lower id first among equals; id -1 where there are fewer."""
-        here = min(count, scores_RV.shape[1])
-        values, columns = scores_RV.max(dim=1, keepdim=True) if here == count == 1 else _top(scores_RV, here)
-        mine = torch.full((len(scores_RV), count, 2), -1.0, dtype=torch.float64, device=scores_RV.device)
-        mine[:, :, 0] = NEVER
-        mine[:, :here, 0] = values.to(torch.float64)
-        mine[:, :here, 1] = (columns + self.start).to(torch.float64)
-        pairs = self.comm.all_gather(mine, dim=1).cpu()
-        by_id = pairs.gather(1, pairs[:, :, 1].argsort(dim=1)[:, :, None].expand_as(pairs))
-        order = by_id[:, :, 0].argsort(dim=1, descending=True, stable=True)[:, :count]
-        return by_id.gather(1, order[:, :, None].expand(-1, -1, 2))
 
 
 def adjusted(scores_V: Tensor, s: Sequence, start: int) -> Tensor:
@@ -134,12 +171,13 @@ def token_logprobs(logits_V: Tensor, token: int, count: int) -> TokenLogprobs:
     )
 
 
-def _road(spec: SamplingSpec) -> str:
+def _candidates(spec: SamplingSpec) -> int:
+    """How many of the best ids its choice needs to see; 0: all."""
     if spec.logprobs is not None:
-        return "full"
+        return 0
     if spec.temperature == 0:
-        return "greedy"
-    return "candidates" if 0 < spec.top_k <= CANDIDATES else "full"
+        return 1
+    return CANDIDATES if 0 < spec.top_k <= CANDIDATES else 0
 
 
 def _is_adjusted(s: Sequence) -> bool:
@@ -148,40 +186,38 @@ def _is_adjusted(s: Sequence) -> bool:
     return penalised or len(s.token_ids) - s.prompt_len < spec.min_tokens
 
 
-def _draw(scores: Tensor, ids: Tensor, s: Sequence) -> int:
-    """One id from scores (float64, -inf excluded) after temperature, min_p, top_k and top_p, in that order."""
-    spec = s.sampling
-    scores = (scores - scores.max()) / spec.temperature
-    if spec.min_p > 0.0:
-        scores = torch.where(scores >= log(spec.min_p), scores, NEVER)
-    if spec.top_k > 0 or spec.top_p < 1.0:
-        scores, order = scores.sort(descending=True, stable=True)
-        ids = ids[order]
-        if spec.top_k > 0:
-            scores, ids = scores[: spec.top_k], ids[: spec.top_k]
-    weights = torch.softmax(scores, dim=0)
-    if spec.top_p < 1.0:
-        before = weights.cumsum(0) - weights
-        weights = torch.where(before < spec.top_p, weights, 0.0)
-    heights = weights.cumsum(0)
-    index = len(s.token_ids) - s.prompt_len
-    point = Random((spec.seed << 32) + index).random() * float(heights[-1])
-    place = int(torch.searchsorted(heights, torch.tensor(point, dtype=torch.float64), right=True))
-    place = min(place, len(ids) - 1)
-    while weights[place] == 0:  # rounding at the very end of the heights
-        place -= 1
-    return int(ids[place])
+def _draw(scores_RC: Tensor, ids_RC: Tensor, sequences: Rows[Sequence]) -> list[int]:
+    """One id of each row from scores (on the CPU; -inf is never drawn) after temperature, min_p, top_k and top_p, in
+    that order. Rows with top_k or top_p come best first."""
+    specs = [s.sampling for s in sequences]
+    places = torch.arange(scores_RC.shape[1])
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64)[:, None]
+
+    scores = scores_RC.to(torch.float64)
+    scores = (scores - scores.amax(dim=1, keepdim=True)) / column([spec.temperature for spec in specs])
+    if any(spec.min_p > 0.0 for spec in specs):
+        floor = column([log(spec.min_p) if spec.min_p > 0.0 else NEVER for spec in specs])
+        scores = scores.where(scores >= floor, NEVER)
+    if any(spec.top_k > 0 for spec in specs):
+        scores = scores.where(places < column([spec.top_k or inf for spec in specs]), NEVER)
+    weights = torch.softmax(scores, dim=1)
+    if any(spec.top_p < 1.0 for spec in specs):
+        before = weights.cumsum(dim=1) - weights
+        weights = weights.where(before < column([spec.top_p if spec.top_p < 1.0 else inf for spec in specs]), 0.0)
+    heights = weights.cumsum(dim=1)
+    points = column([_point(s) for s in sequences]) * heights[:, -1:]
+    last = torch.where(weights > 0.0, places, 0).amax(dim=1, keepdim=True)  # rounding at the very end of the heights
+    drawn = torch.minimum(torch.searchsorted(heights, points, right=True), last)
+    tokens: list[int] = ids_RC.gather(1, drawn)[:, 0].tolist()
+    return tokens
 
 
-def _top(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """As torch.topk, which picks any of equal values; here the lower column is taken first. The ties that matter are those
-    with the last value taken: where there are more of them than places, the row is sorted whole."""
-    values, columns = scores_RV.topk(count, dim=1)
-    tied = ((scores_RV == values[:, -1:]).sum(dim=1) > (values == values[:, -1:]).sum(dim=1)).nonzero()[:, 0]
-    if len(tied):
-        sorted_values, sorted_columns = scores_RV[tied].sort(dim=1, descending=True, stable=True)
-        values[tied], columns[tied] = sorted_values[:, :count], sorted_columns[:, :count]
-    return values, columns
+def _point(s: Sequence) -> float:
+    """Where in [0, 1) the sequence's next draw falls."""
+    spec, index = s.sampling, len(s.token_ids) - s.prompt_len
+    return Random((spec.seed << 32) + index).random()
 
 
 def as_sample(seq_id: int, answer: tuple[int, TokenLogprobs | None] | None, prompt: tuple[TokenLogprobs, ...]) -> Sample:

@@ -1,15 +1,21 @@
 """One rank: the only place where layout, weights, cache, attention, model and sampling are put together."""
 
 from collections.abc import Callable
+from collections.abc import Sequence as Rows
 from pathlib import Path
 
 import torch
 
 from collectives.communicator import Communicator
+from collectives.tree import TreeReduce
+from qtp.attention.native_backend import NativeAttention
 from qtp.attention.torch_backend import TorchAttention
 from qtp.batch import make_batch
 from qtp.config import EngineConfig, ModelConfig
+from qtp.kernels.native_kernels import NativeKernels
+from qtp.kernels.torch_kernels import TorchKernels
 from qtp.kv.cache import KVCache
+from qtp.layout.leaves import row_cuts
 from qtp.layout.split import even
 from qtp.models import FAMILIES, Place
 from qtp.weights.loader import load
@@ -45,11 +51,19 @@ class Worker:
         cache = KVCache(
             model_config.num_layers, config.num_kv_blocks, config.block_size, len(kv), model_config.head_dim, dtype, device
         )
-        attention = TorchAttention(cache, tuple(h // group - kv.start for h in query), device)
-        self.comm, self.cache = comm, cache
-        self.model = FAMILIES[model_config.family](
-            model_config, shard, Place(rank=comm.rank, grid=grid, comm=comm, cache=cache, attention=attention)
+        kv_of = tuple(h // group - kv.start for h in query)
+        native = config.kernels == "native"
+        place = Place(
+            rank=comm.rank,
+            grid=grid,
+            comm=comm,
+            reduce=_tree_reduce(comm, dtype) if config.deterministic else comm.all_reduce,
+            kernels=NativeKernels() if native else TorchKernels(),
+            attention=NativeAttention(cache, kv_of, device) if native else TorchAttention(cache, kv_of, device),
+            cuts=row_cuts(specs, comm.rank, grid) if config.deterministic else {},
         )
+        self.comm, self.cache = comm, cache
+        self.model = FAMILIES[model_config.family](model_config, shard, place)
         sizes = [len(even(model_config.vocab_size, grid.size, rank)) for rank in range(grid.size)]
         self.sampler = Sampler(comm, sizes, min(config.vocab_limit or model_config.vocab_size, model_config.vocab_size))
         self.sequences: dict[int, Sequence] = {}
@@ -82,22 +96,28 @@ class Worker:
             s.blocks += chunk.new_blocks
 
     def _answer(self, step: int, chunks: list[Chunk], hidden_TD: torch.Tensor) -> StepResult:
-        ends, first = [], 0
-        prompts = {}
+        first, ends, seq_ids, prompts = 0, [], [], {}
         for chunk in chunks:
-            prompts[chunk.seq_id] = self._prompt_logprobs(chunk, hidden_TD[first : first + chunk.count])
+            if told := self._prompt_logprobs(chunk, hidden_TD, first):
+                prompts[chunk.seq_id] = told
             first += chunk.count
-            ends.append(first - 1)
-        sampled = [i for i, chunk in enumerate(chunks) if chunk.sample]
+            if chunk.sample:
+                ends.append(first - 1)
+                seq_ids.append(chunk.seq_id)
         answers = {}
-        if sampled:
-            logits_RV = self.model.logits(hidden_TD[[ends[i] for i in sampled]])
-            chosen = self.sampler.sample(logits_RV, [self.sequences[chunks[i].seq_id] for i in sampled])
-            answers = dict(zip([chunks[i].seq_id for i in sampled], chosen, strict=False))
-        told = [c.seq_id for c in chunks if c.seq_id in answers or prompts[c.seq_id]]
-        return StepResult(step=step, samples=tuple(as_sample(i, answers.get(i), prompts[i]) for i in told))
+        if ends:
+            hidden_RD = _picked(hidden_TD, ends)
+            chosen = self.sampler.sample(
+                lambda rows: self.model.logits(_picked(hidden_RD, rows)),
+                [self.sequences[i] for i in seq_ids],
+                lambda rows, count, allowed: self.model.best(_picked(hidden_RD, rows), count, allowed),
+            )
+            answers = dict(zip(seq_ids, chosen, strict=False))
+        telling = [chunk.seq_id for chunk in chunks if chunk.seq_id in answers or chunk.seq_id in prompts]
+        return StepResult(step=step, samples=tuple(as_sample(i, answers.get(i), prompts.get(i, ())) for i in telling))
 
-    def _prompt_logprobs(self, chunk: Chunk, hidden_TD: torch.Tensor) -> tuple[TokenLogprobs, ...]:
+    def _prompt_logprobs(self, chunk: Chunk, hidden_TD: torch.Tensor, first: int) -> tuple[TokenLogprobs, ...]:
+        """Of the chunk whose tokens are rows first, first + 1, ... of the step."""
         s = self.sequences[chunk.seq_id]
         count = s.sampling.prompt_logprobs
         rows = min(chunk.start + chunk.count, s.prompt_len - 1) - chunk.start
@@ -107,5 +127,16 @@ class Worker:
         for at in range(0, rows, PROMPT_TILE):
             stop = min(at + PROMPT_TILE, rows)
             targets = s.token_ids[chunk.start + at + 1 : chunk.start + stop + 1]
-            told += self.sampler.prompt_logprobs(self.model.logits(hidden_TD[at:stop]), targets, count)
+            told += self.sampler.prompt_logprobs(self.model.logits(hidden_TD[first + at : first + stop]), targets, count)
         return told
+
+
+def _tree_reduce(comm: Communicator, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Adds partial sums in float32 along a tree of the ranks, and rounds once."""
+    tree = TreeReduce(comm)
+    return lambda partial: tree.all_reduce(partial).to(dtype)
+
+
+def _picked(rows_RD: torch.Tensor, picked: Rows[int]) -> torch.Tensor:
+    """These rows, ascending and each once; without a copy if all are picked."""
+    return rows_RD if len(picked) == len(rows_RD) else rows_RD[list(picked)]

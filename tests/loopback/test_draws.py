@@ -5,6 +5,7 @@ plain Python, or by transformers.
 """
 
 from collections import Counter
+from collections.abc import Sequence as Rows
 from dataclasses import replace
 from itertools import accumulate
 from math import exp, sqrt
@@ -18,7 +19,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from collectives.communicator import Communicator
 from qtp.layout.split import even
 from qtp.wire.messages import SamplingSpec, TokenLogprobs
-from qtp.worker.sampling import CANDIDATES, Sampler, adjusted
+from qtp.worker.sampling import CANDIDATES, Best, Sampler, adjusted
 from qtp.worker.sequence import Sequence
 
 V = 97
@@ -34,16 +35,41 @@ def sequence(spec: SamplingSpec, prompt: tuple[int, ...] = (5, 6), output: tuple
     return Sequence(token_ids=[*prompt, *output], prompt_len=len(prompt), sampling=spec)
 
 
+def search(part_RV: Tensor) -> Best:
+    """A Best by its definition."""
+
+    def best(rows: Rows[int], count: int, allowed: int) -> tuple[Tensor, Tensor]:
+        assert 1 <= count <= allowed <= part_RV.shape[1]
+        assert list(rows) == sorted(set(rows))
+        order = [sorted(range(allowed), key=lambda i: (-float(part_RV[row, i]), i))[:count] for row in rows]
+        columns = torch.tensor(order)
+        return part_RV[list(rows)].gather(1, columns), columns
+
+    return best
+
+
 def answers(
-    logits_RV: Tensor, sequences: list[Sequence], size: int = 1, allowed: int = V, sizes: list[int] | None = None
+    logits_RV: Tensor,
+    sequences: list[Sequence],
+    size: int = 1,
+    allowed: int = V,
+    sizes: list[int] | None = None,
+    searching: bool = False,
 ) -> list[Answer]:
-    """Rank 0's answers with the columns cut over `size` ranks."""
+    """Rank 0's answers with the columns cut over `size` ranks. searching: the best come from a Best, and the logits of rows for
+    which they are enough are not to be had."""
     cut = sizes or [len(even(logits_RV.shape[1], size, rank)) for rank in range(size)]
     starts = [0, *accumulate(cut)]
 
     def body(comm: Communicator) -> list[Answer]:
         part = logits_RV[:, starts[comm.rank] : starts[comm.rank + 1]]
-        return Sampler(comm, cut, allowed).sample(part, sequences)
+
+        def logits(rows: Rows[int]) -> Tensor:
+            specs = [sequences[row].sampling for row in rows]
+            assert not searching or all(spec != SamplingSpec() for spec in specs), "a plain greedy row needs no logits"
+            return part[list(rows)]
+
+        return Sampler(comm, cut, allowed).sample(logits, sequences, search(part) if searching else None)
 
     first, *others = on_threads(len(cut), body)
     assert all(other == [] for other in others)
@@ -163,7 +189,23 @@ def test_rows_of_a_mixed_batch_do_not_mix() -> None:
     one_by_one = [answers(logits[i : i + 1], [s])[0] for i, s in enumerate(sequences)]
     assert len({token for token, _ in one_by_one}) > 6
     for size in (1, 2, 3):
-        assert answers(logits, sequences, size) == one_by_one
+        for searching in (False, True):
+            assert answers(logits, sequences, size, searching=searching) == one_by_one
+
+
+@pytest.mark.parametrize("allowed", [97, 66, 40, 2])
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_best_of_each_rank_are_enough(allowed: int, size: int) -> None:
+    """Values in steps, so that many are equal: whoever looks for the best, the same tokens come."""
+    logits = torch.stack([(row(seed) * 2).round() / 2 for seed in range(80)])
+    wide = {"temperature": 90.0, "top_k": CANDIDATES}
+    for spec in ({}, {"temperature": 1.5, "top_k": 7}, wide, {**wide, "top_p": 0.9, "min_p": 0.01}):
+        sequences = [sequence(SamplingSpec(**spec, seed=seed)) for seed in range(80)]  # type: ignore[arg-type]
+        sequences[5:9] = [sequence(SamplingSpec()) for _ in range(4)]
+        whole = [sequence(replace(s.sampling, logprobs=0)) for s in sequences]
+        due = tokens(logits, whole, size, allowed)
+        assert tokens(logits, sequences, size, allowed) == due
+        assert [token for token, _ in answers(logits, sequences, size, allowed, searching=True)] == due
 
 
 PROMPT, OUTPUT = (5, 6, 90, 5, 40), (40, 7, 7, 7, 96, 0)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from collectives.communicator import Communicator
 from collectives.loopback import loopback
-from qtp.layers.linear import Linear
+from qtp.kernels.native_kernels import NativeKernels
 from qtp.layout.coverage import boxes, check_covered
 from qtp.layout.split import Box, Even, Grid, Once, Split
 
@@ -60,7 +60,7 @@ def test_row_linear(size: int, inputs: int) -> None:
 
     def rank(comm: Communicator) -> Tensor:
         own = biases[comm.rank]
-        return comm.all_reduce(Linear(weights[comm.rank], own if own.numel() else None)(xs[comm.rank]))
+        return comm.all_reduce(NativeKernels().linear(weights[comm.rank], own if own.numel() else None)(xs[comm.rank]))
 
     for found in on_ranks(size, rank):
         torch.testing.assert_close(found, F.linear(x, weight, bias), rtol=0, atol=1e-5)
@@ -73,7 +73,7 @@ def test_column_linear(size: int) -> None:
     sizes = [len(w) for w in weights]
 
     def rank(comm: Communicator) -> Tensor:
-        return comm.all_gather(Linear(weights[comm.rank], biases[comm.rank])(x), 1, sizes)
+        return comm.all_gather(NativeKernels().linear(weights[comm.rank], biases[comm.rank])(x), 1, sizes)
 
     for found in on_ranks(size, rank):
         torch.testing.assert_close(found, F.linear(x, weight, bias), rtol=0, atol=1e-5)
@@ -88,9 +88,9 @@ def test_column_then_row_linear_reduces_once(size: int) -> None:
     downs, down_biases = shards(down, Even(1), size), shards(down_bias, Once(), size)
 
     def rank(comm: Communicator) -> Tensor:
-        middle = F.silu(Linear(ups[comm.rank], up_biases[comm.rank])(x))
+        middle = F.silu(NativeKernels().linear(ups[comm.rank], up_biases[comm.rank])(x))
         own = down_biases[comm.rank]
-        return comm.all_reduce(Linear(downs[comm.rank], own if own.numel() else None)(middle))
+        return comm.all_reduce(NativeKernels().linear(downs[comm.rank], own if own.numel() else None)(middle))
 
     expected = F.linear(F.silu(F.linear(x, up, up_bias)), down, down_bias)
     for found in on_ranks(size, rank):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from batching_helper import TEMPLATE, VOCAB, checkpoint, make
 
-from collectives import shm
+from collectives import built
 from launch import local
 from launch.watch import RankDied
 from qtp import LLM, SamplingParams
@@ -323,7 +323,7 @@ def test_without_native_code_ranks_talk_over_gloo_and_one_line_says_so(
     with processes(load_tokenizer=False) as llm:
         assert llm.config.communicator == "shm"
     assert "gloo" not in caplog.text
-    monkeypatch.setattr(shm, "_native", None)
+    monkeypatch.setattr(built, "native", None)
     with processes(load_tokenizer=False) as llm:
         assert llm.config.communicator == "gloo"
         assert tokens(llm, [[1, 2, 3]]) == expected

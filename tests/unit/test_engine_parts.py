@@ -136,6 +136,25 @@ def test_text_of_any_tokens_is_the_text_of_all_after_a_flush(tokenizer: Tokenize
         assert all(not so_far.endswith(REPLACEMENT) for so_far in texts)
 
 
+def test_text_may_be_asked_for_at_any_time(tokenizer: Tokenizer) -> None:
+    """What was decoded at once is what comes token by token, where characters are complete and where they are not."""
+    rng = random.Random(9)
+    single_bytes = [i for i in range(256) if REPLACEMENT in tokenizer.decode([i])]
+    held = 0
+    for _ in range(300):
+        ids = [rng.choice(single_bytes) if rng.random() < 0.3 else rng.randrange(tokenizer.size + 3) for _ in range(20)]
+        texts, _ = fed(tokenizer, ids)
+        detokenizer = Detokenizer(tokenizer)
+        for token_id, text in zip(ids, texts, strict=True):
+            detokenizer.add(token_id)
+            if rng.random() < 0.2:
+                assert detokenizer.text == text
+                held += text != tokenizer.decode(detokenizer._ids)
+        detokenizer.flush()
+        assert detokenizer.text == tokenizer.decode(ids)
+    assert held > 100
+
+
 @settings(max_examples=200)
 @given(
     pieces=st.lists(st.text("ab<>", min_size=0, max_size=3), max_size=12),

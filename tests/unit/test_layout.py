@@ -1,8 +1,9 @@
-"""The split algebra loses nothing: cuts are even, boxes of all ranks give the tensor back, and the coverage proof sees a hole."""
+"""The split algebra loses nothing: cuts are even and nest, boxes of all ranks give the tensor back, the leaves of all ranks are
+those of the whole, and the coverage proof sees a hole."""
 
 from collections import Counter
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from qtp.config import ModelConfig, MoeConfig, RopeConfig
 from qtp.layout.coverage import boxes, check_covered, multiplicity
+from qtp.layout.leaves import LEAVES, leaf_cuts, leaf_experts, leaves_of
 from qtp.layout.split import (
     Box,
     Even,
@@ -36,7 +38,17 @@ def test_even_partitions_in_whole_units(total: int, parts: int, unit: int) -> No
     assert all(r.start % unit == 0 for r in ranges if r)
     units = [-(-len(r) // unit) for r in ranges]
     assert max(units) - min(units) <= 1
-    assert units == sorted(units, reverse=True)
+
+
+def is_cut_among(fine: list[int], coarse: list[int]) -> bool:
+    """Whether every (len(fine) - 1) / (len(coarse) - 1)-th cut point of the fine cut is the coarse one's."""
+    return fine[:: (len(fine) - 1) // (len(coarse) - 1)] == coarse
+
+
+@given(total=st.integers(0, 500), parts=st.integers(1, 20), times=st.integers(1, 9), unit=st.integers(1, 70))
+def test_even_cuts_are_among_those_of_every_multiple(total: int, parts: int, times: int, unit: int) -> None:
+    coarse, fine = ([0, *(even(total, n, part, unit).stop for part in range(n))] for n in (parts, parts * times))
+    assert is_cut_among(fine, coarse)
 
 
 heads_and_parts = st.tuples(st.integers(1, 8), st.integers(1, 8), st.integers(1, 12)).map(lambda t: (t[0] * t[1], *t[1:]))
@@ -57,10 +69,15 @@ def test_query_heads_are_cut_evenly(case: tuple[int, int, int]) -> None:
     assert max(sizes) - min(sizes) <= 1
 
 
-@settings(max_examples=150)
-@given(st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(1, 9)).map(lambda t: (t[0] * t[1], *t[1:])))
-def test_no_arrangement_needs_fewer_kv_heads_on_the_fullest_rank(case: tuple[int, int, int]) -> None:
+@given(heads_and_parts)
+def test_twice_as_many_ranks_halve_the_query_heads_of_each(case: tuple[int, int, int]) -> None:
     heads, kv_heads, parts = case
+    coarse, fine = (list(query_head_cuts(heads, kv_heads, n)) for n in (parts, 2 * parts))
+    assert is_cut_among(fine, coarse)
+
+
+def fewest_kv_heads(heads: int, kv_heads: int, parts: int) -> int:
+    """The KV heads on the fullest rank in the best of all cuts into sizes as even as integers allow: all are tried."""
     small, large = divmod(heads, parts)
     most = []
     for bigger in combinations(range(parts), large):
@@ -68,7 +85,39 @@ def test_no_arrangement_needs_fewer_kv_heads_on_the_fullest_rank(case: tuple[int
         for part in range(parts):
             cuts.append(cuts[-1] + small + (part in bigger))
         most.append(max(kv_held(tuple(cuts), heads, kv_heads)))
-    assert max(kv_held(query_head_cuts(heads, kv_heads, parts), heads, kv_heads)) == min(most)
+    return min(most)
+
+
+@settings(max_examples=150)
+@given(
+    st.tuples(st.integers(1, 6), st.integers(1, 5), st.sampled_from((1, 2, 3, 4, 5, 7, 8, 9))).map(
+        lambda t: (t[0] * t[1], *t[1:])
+    )
+)
+def test_no_arrangement_needs_fewer_kv_heads_on_the_fullest_rank(case: tuple[int, int, int]) -> None:
+    """Also where the cuts must nest."""
+    heads, kv_heads, parts = case
+    assert max(kv_held(query_head_cuts(heads, kv_heads, parts), heads, kv_heads)) == fewest_kv_heads(heads, kv_heads, parts)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"),
+    [(14, 2), (12, 2), (16, 2), (28, 4), (40, 8), (64, 8), (16, 16), (20, 20), (32, 32), (40, 40), (8, 8)]
+    + [(heads, kv) for heads in range(1, 33) for kv in range(1, heads + 1) if heads % kv == 0 and 1 < kv < heads],
+)
+def test_nothing_nested_needs_fewer_kv_heads_than_the_cuts_of_2_4_and_8_ranks(heads: int, kv_heads: int) -> None:
+    """Against every chain of halvings: the most at 2 ranks, then at 4, then at 8."""
+
+    def chains(cuts: tuple[int, ...], parts: int) -> list[tuple[int, ...]]:
+        most = max(kv_held(cuts, heads, kv_heads))
+        if parts == 8:
+            return [(most,)]
+        ways = product(*(sorted({(a + b) // 2, -(-(a + b) // 2)}) for a, b in pairwise(cuts)))
+        finer = [(0, *(c for middle, stop in zip(way, cuts[1:], strict=True) for c in (middle, stop))) for way in ways]
+        return [(most, *rest) for fine in finer for rest in chains(fine, 2 * parts)]
+
+    found = tuple(max(kv_held(query_head_cuts(heads, kv_heads, parts), heads, kv_heads)) for parts in (1, 2, 4, 8))
+    assert found == min(chains((0, heads), 1))
 
 
 def test_qwen2_7b_over_8_ranks_holds_one_kv_head_each() -> None:
@@ -92,6 +141,55 @@ def test_a_rank_holds_exactly_the_kv_heads_that_its_queries_read(case: tuple[int
     for rank in range(case[2]):
         read = {query // (case[0] // case[1]) for query in heads.query(rank, grid)}
         assert set(heads.kv(rank, grid)) == read
+
+
+@given(
+    total=st.integers(0, 200),
+    unit=st.integers(1, 30),
+    heads=st.tuples(st.integers(1, 8), st.integers(1, 8)).map(lambda t: Heads(t[0] * t[1], t[1])),
+    head_dim=st.integers(1, 8),
+    size=st.sampled_from((1, 2, 4, 8)),
+)
+def test_the_leaves_of_all_ranks_are_the_eight_leaves_of_the_whole(
+    total: int, unit: int, heads: Heads, head_dim: int, size: int
+) -> None:
+    whole = Grid.of(1)
+    for shape, split in (((3, total), Even(1, unit)), ((heads.heads * head_dim, 2), QueryHeads(0, heads))):
+        expected = list(pairwise(leaf_cuts(shape, split, 0, whole)))
+        assert len(expected) == LEAVES
+        assert (expected[0][0], expected[-1][1]) == (0, shape[split.dim])
+        found = []
+        for rank in range(size):
+            grid = Grid.of(size)
+            held = split.box(shape, rank, grid)[split.dim]
+            cuts = leaf_cuts(shape, split, rank, grid)
+            assert (cuts[0], cuts[-1]) == (0, len(held))
+            found += [(held.start + a, held.start + b) for a, b in pairwise(cuts)]
+        assert found == expected
+
+
+@given(experts=st.integers(1, 130), size=st.sampled_from((1, 2, 4, 8)))
+def test_the_experts_of_a_ranks_leaves_are_those_that_it_holds(experts: int, size: int) -> None:
+    grid = Grid.of(size)
+    leaves = [leaf_experts(experts, rank, grid) for rank in range(size)]
+    assert [leaf for held in leaves for leaf in held] == list(leaf_experts(experts, 0, Grid.of(1)))
+    for rank, held in enumerate(leaves):
+        assert len(held) == len(leaves_of(rank, grid)) == LEAVES // size
+        boxes_ = [Expert(e, experts, 0).box((4, 4), rank, grid) for e in range(experts)]
+        assert [e for leaf in held for e in leaf] == [e for e, box in enumerate(boxes_) if elements(box)]
+
+
+def test_leaves_of_a_small_dimension_may_be_empty() -> None:
+    assert leaf_cuts((2, 5), Even(1), 1, Grid.of(2)) == (0, 1, 1, 2, 3)
+    assert leaf_experts(3, 0, Grid.of(4)) == (range(0), range(0))
+
+
+def test_ranks_that_cannot_share_eight_leaves_are_refused() -> None:
+    for size in (3, 5, 6, 7, 9, 16):
+        with pytest.raises(ValueError, match=rf"1, 2, 4 or 8 ranks, not {size}; leave --deterministic away"):
+            leaf_cuts((4, 4), Even(1), 0, Grid.of(size))
+    with pytest.raises(ValueError, match=r"not moe_tp 2"):
+        leaf_experts(4, 0, Grid.of(4, moe_tp=2))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from collectives import shm
+from qtp.kernels import extension
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,7 +19,8 @@ def copy(tmp_path: Path) -> Path:
     """What the build needs of the tree, with nothing built in it."""
     for file in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / file, tmp_path / file)
-    shutil.copytree(ROOT / "collectives", tmp_path / "collectives", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for folder in ("collectives", "launch", "qtp"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__", "demo"))
     return tmp_path
 
 
@@ -50,12 +52,14 @@ def ask(folder: Path, code: str) -> str:
 
 def test_this_installation_has_it() -> None:
     assert shm.why_not() is None
+    assert extension.why_not() is None
 
 
-def test_without_a_compiler_the_build_succeeds_and_shm_says_why_not(copy: Path) -> None:
+def test_without_a_compiler_the_build_succeeds_and_what_needs_it_says_why_not(copy: Path) -> None:
     printed = build(copy, CC="/nowhere/cc", CXX="/nowhere/c++")
     assert 'building extension "collectives._native" failed' in printed
-    assert not list(copy.glob("collectives/*.so"))
+    assert 'building extension "qtp.kernels._native" failed' in printed
+    assert not list(copy.glob("**/*.so"))
     told = ask(copy, "import collectives; from collectives import shm; print(collectives.__file__); print(shm.why_not())")
     place, reason = told.splitlines()
     assert place == str(copy / "collectives" / "__init__.py")
@@ -67,16 +71,22 @@ def test_without_a_compiler_the_build_succeeds_and_shm_says_why_not(copy: Path) 
         "except ValueError as error:\n    print(error)"
     )
     assert ask(copy, code) == f"communicator 'shm': {reason}"
+    assert ask(copy, "from qtp.kernels import extension; print(extension.why_not())") == reason
 
 
 def test_with_a_compiler_it_is_built_without_a_warning(copy: Path) -> None:
     printed = build(copy)
     assert ": warning:" not in printed, printed
-    assert len(list(copy.glob("collectives/_native*.so"))) == 1
+    assert len(list(copy.glob("collectives/_native*.so"))) == len(list(copy.glob("qtp/kernels/_native*.so"))) == 1
     assert ask(copy, "from collectives import shm; print(shm.why_not())") == "None"
+    assert ask(copy, "from qtp.kernels import extension; print(extension.why_not())") == "None"
 
 
 def test_native_code_of_another_time_is_not_used(copy: Path) -> None:
-    (copy / "collectives" / "_native.py").write_text("INTERFACE = -1\n", encoding="utf-8")
-    told = ask(copy, "from collectives import shm; print(shm.why_not())")
-    assert told.startswith("the native code is older or newer than this Python code; run pip install again")
+    for folder, question in (
+        ("collectives", "from collectives import shm; print(shm.why_not())"),
+        ("qtp/kernels", "from qtp.kernels import extension; print(extension.why_not())"),
+    ):
+        (copy / folder / "_native.py").write_text("INTERFACE = -1\n", encoding="utf-8")
+        told = ask(copy, question)
+        assert told.startswith("the native code is older or newer than this Python code; run pip install again")

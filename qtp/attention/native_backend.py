@@ -1,0 +1,77 @@
+"""Paged attention of the extension module qtp.kernels._native, for CPUs. T tokens, H query heads, K KV heads, d head_dim.
+
+A query row's result does not depend on the rest of the step: not on the chunk that its token came in, the other sequences, the
+heads that this rank has, the number of threads, or where blocks lie.
+"""
+
+from array import array
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtp.batch import Batch
+from qtp.kernels.extension import native, why_not
+from qtp.kv.cache import KVCache
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_NO_WINDOW = 2**62
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """address: of `step`, which holds the addresses of the tensors."""
+
+    address: int
+    step: "array[int]"
+    slots_T: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+class NativeAttention:
+    """kv_of[h] is the local KV head that local query head h reads, ascending; groups may be ragged. The cache must not move."""
+
+    def __init__(self, cache: KVCache, kv_of: tuple[int, ...], device: torch.device) -> None:
+        assert why_not() is None, why_not()
+        assert device.type == "cpu", device
+        assert kv_of == tuple(sorted(kv_of)) and set(kv_of) == set(range(kv_of[-1] + 1)), kv_of
+        _, _, block_size, kv_heads, head_dim = cache.keys.shape
+        assert kv_heads == kv_of[-1] + 1 and head_dim % 2 == 0 and cache.keys.is_contiguous() and cache.values.is_contiguous()
+        self.cache = cache
+        self.heads, self.head_dim, self.all_heads = len(kv_of), head_dim, len(kv_of) + 2 * kv_heads
+        starts = (*(kv_of.index(k) for k in range(kv_heads)), len(kv_of))
+        self._spec = array("q", (_DTYPES[cache.keys.dtype], len(kv_of), kv_heads, head_dim, block_size, *starts))
+        self._address = self._spec.buffer_info()[0]
+        self._keys = [layer.data_ptr() for layer in cache.keys]
+        self._values = [layer.data_ptr() for layer in cache.values]
+        self._attend: Any = native.attend
+
+    def plan(self, batch: Batch, cos: Tensor, sin: Tensor) -> _Plan:
+        cos, sin = cos.contiguous(), sin.contiguous()
+        slots_T = batch.slots_T.contiguous()
+        tokens, sequences = len(slots_T), len(batch.query_lens)
+        step = array("q", (tokens, sequences, slots_T.data_ptr(), cos.data_ptr(), sin.data_ptr()))
+        step.extend(batch.query_lens)
+        step.extend(batch.kv_lens)
+        step.extend(chain.from_iterable(batch.tables))
+        return _Plan(address=step.buffer_info()[0], step=step, slots_T=slots_T, cos=cos, sin=sin)
+
+    def run(self, plan: object, layer: int, qkv_THd: Tensor, window: int | None) -> Tensor:
+        assert isinstance(plan, _Plan)
+        tokens, width = len(qkv_THd), self.head_dim
+        assert qkv_THd.shape[1] == self.all_heads and qkv_THd.stride()[1:] == (width, 1)
+        out_THd = qkv_THd.new_empty((tokens, self.heads, width))
+        self._attend(
+            self._address,
+            plan.address,
+            self._keys[layer],
+            self._values[layer],
+            qkv_THd.data_ptr(),
+            qkv_THd.stride(0),
+            _NO_WINDOW if window is None else window,
+            out_THd.data_ptr(),
+        )
+        return out_THd

@@ -1,0 +1,92 @@
+"""What a set of kernels offers. T tokens, D the width of the input, N that of the output."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+Op = Callable[[Tensor], Tensor]
+Experts = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
+Cuts = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """The weights of one expert: gate_up [2 F, D], the gate first; down [D, F]."""
+
+    gate_up: Tensor
+    down: Tensor
+
+
+class Head(Protocol):
+    """The last linear layer, over this rank's V rows of the vocabulary."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x W^T, [T, V] float32."""
+        ...
+
+    def best(self, x: Tensor, count: int, allowed: int) -> tuple[Tensor, Tensor]:
+        """The `count` largest of the first `allowed` columns of the logits, values [T, count] float32 and columns [T, count]
+        int64, the largest first and the lower column first among equals. count <= allowed <= V."""
+        ...
+
+
+class Kernels(Protocol):
+    """Each method prepares a kernel for weights that stay as they are, and returns what is called in every step.
+
+    A weight is row-major, its rows may lie apart (a stride). Outputs have the dtype of the input unless it is said otherwise.
+
+    `cuts` (see `layout.leaves`) asks for sums that do not depend on the world size: offsets 0 ... D that cut the D products of
+    an output into leaves, each of which is added up by itself, in float32.
+    """
+
+    @property
+    def name(self) -> str:
+        """What is shown at start."""
+        ...
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None, cuts: Cuts | None = None) -> Op:
+        """y = x W^T + b with this rank's box of W: [T, D] to [T, N]. weight [N, D]; bias [N].
+
+        Cut on its rows (a column linear, in Megatron's word), it takes the full input and gives this rank's columns of the
+        output. Cut on its columns (a row linear), it takes this rank's part of the input and gives a PARTIAL sum of the full
+        output, to be reduced by the block; its bias, if any, is held by one rank only (`layout.split.Once`). With cuts, which
+        go without a bias, y is float32: the leaves added along a binary tree (`collectives.tree`)."""
+        ...
+
+    def linear_leaves(self, weight: Tensor, cuts: Cuts) -> Op:
+        """As `linear`, with the leaves not yet added: [T, D] to [leaves, T, N] float32."""
+        ...
+
+    def gated(self, weight: Tensor) -> Op:
+        """silu(gate(x)) * up(x) (arXiv 2002.05202): [T, D] to [T, F]. weight [2 F, D]: gate, then up."""
+        ...
+
+    def rms_norm(self, weight: Tensor, eps: float) -> Op:
+        """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467): [T, D] to [T, D]. The division is done
+        in float32 and rounded before the weight is applied, as in transformers."""
+        ...
+
+    def choose(self, top_k: int, norm_topk_prob: bool) -> Choose:
+        """From a router's logits [T, E] to the weights and the indices (int64) of the chosen experts, [T, K] each: the K = top_k
+        largest of their softmax, which is done in float32, divided by their sum if norm_topk_prob."""
+        ...
+
+    def scale(self, gate: Tensor, x: Tensor) -> Tensor:
+        """sigmoid(gate) * x, in the dtype of x and perhaps in its place. gate: [T, 1]; x: [T, D] or [leaves, T, D]."""
+        ...
+
+    def head(self, weight: Tensor) -> Head:
+        """weight [V, D]."""
+        ...
+
+    def experts(self, experts: Mapping[int, Expert], leaves: Sequence[range] | None = None) -> Experts:
+        """Called with (x [T, D], weights [T, K], chosen [T, K] int64, partial [T, D]): adds the sum over k of
+        weights[t, k] * down(gated(x[t])) of expert chosen[t, k] to partial[t], and returns it. Experts that are not in
+        `experts` are left out: other ranks hold them.
+
+        leaves: the experts of each leaf. partial is then [leaves, T, D] float32; the sum of each leaf's experts, in their order,
+        is added to its part, and what is returned is [T, D] float32, the leaves added along a binary tree."""
+        ...

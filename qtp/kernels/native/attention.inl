@@ -1,0 +1,253 @@
+// Compiled once for each instruction set: see each_isa.inl and attention.hpp.
+namespace qtp {
+namespace QTP_ISA {
+namespace {
+
+#include "vectors.inl"
+
+constexpr float kMasked = -1e30f;  // finite, so that differences of two are
+constexpr float kLog2E = 1.44269504088896341f;
+
+QTP_INLINE size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+QTP_INLINE size_t smaller_of(size_t a, size_t b) { return a < b ? a : b; }
+
+// 2 to the x; 0 far below. To about 1 unit in the last place of a float, or to 3e-6 where that is enough.
+template <bool exact>
+QTP_INLINE F power(F x) {
+  const auto polynomial = [](F r) __attribute__((always_inline)) {
+    if constexpr (exact) {
+      F p = fma(r, all(0.0013264715671539307f), all(0.009671513922512531f));
+      p = fma(p, r, all(0.05550733953714371f));
+      p = fma(p, r, all(0.24022242426872253f));
+      p = fma(p, r, all(0.6931470036506653f));
+      return fma(p, r, all(1.0f));
+    } else {
+      F p = fma(r, all(0.00958284456282854f), all(0.055906444787979126f));
+      p = fma(p, r, all(0.24024099111557007f));
+      p = fma(p, r, all(0.6931241750717163f));
+      return fma(p, r, all(1.0f));
+    }
+  };
+#if QTP_AVX512
+  const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (F)_mm512_scalef_ps((__m512)polynomial(x - (F)n), n);
+#else
+  const U flushed = (U)(x < all(-126.0f));
+  x = x < all(-126.0f) ? all(-126.0f) : x;
+  const F shifted = x + 12582912.0f;  // 1.5 x 2^23: the nearest integer, in the low bits
+  const U scaled = (U)polynomial(x - (shifted - 12582912.0f)) + ((U)shifted << 23);
+  return (F)(~flushed & scaled);
+#endif
+}
+
+template <bool exact>
+QTP_INLINE float power_of(float x) {
+  const F y = power<exact>(all(x));
+  return y[0];
+}
+
+// Where the keys and values of a partition's first `count` positions lie: offsets of elements from the start of the cache.
+QTP_INLINE void find(const Attention& a, const Unit& unit, size_t begin, size_t count, size_t* offsets) {
+  const size_t row = a.kv_heads * a.width;
+  for (size_t i = 0; i < count;) {
+    const size_t inside = (begin + i) % a.block;
+    const size_t stop = smaller_of(count, i + a.block - inside);
+    size_t offset = (size_t(unit.table[(begin + i) / a.block]) * a.block + inside) * row + unit.kv_head * a.width;
+    for (; i < stop; ++i, offset += row) offsets[i] = offset;
+  }
+}
+
+// Which of a partition's keys the rows of a tile see: row r those from low[r] to high[r], counted from the partition's begin.
+// Rows from `rows` on are like the last.
+struct Sight {
+  int32_t low[kTile], high[kTile];
+
+  QTP_INLINE Sight(const Call& call, const Unit& unit, size_t first, size_t rows, size_t begin) {
+    constexpr int64_t far = 1 << 30;
+    for (size_t r = 0; r < kTile; ++r) {
+      const size_t row = unit.first + first + (r < rows ? r : rows - 1);
+      const int64_t at = int64_t(unit.position + row / unit.group) - int64_t(begin);
+      const int64_t from = call.window < size_t(far) ? at - int64_t(call.window) + 1 : -far;
+      high[r] = int32_t(at < far ? at : far);
+      low[r] = int32_t(from > far ? far : from < -far ? -far : from);
+    }
+  }
+
+  QTP_INLINE bool none(size_t r) const { return high[r] < 0 || low[r] >= int32_t(kPartition); }
+  // Keys [0, stop) are all that any row sees; keys [sure, unsure) are seen by all rows.
+  QTP_INLINE size_t stop() const { return high[kTile - 1] < 0 ? 0 : smaller_of(size_t(high[kTile - 1]) + 1, kPartition); }
+  QTP_INLINE size_t sure() const { return low[kTile - 1] < 0 ? 0 : size_t(low[kTile - 1]); }
+  QTP_INLINE size_t unsure() const { return high[0] < 0 ? 0 : size_t(high[0]) + 1; }
+};
+
+// A row's results over some partitions: the largest score in units of log2, the sum of the powers and of the powers times values.
+struct Row {
+  float *most, *total, *out;
+};
+
+// Adds the results of the partition that comes next. total is 0 where a row has seen nothing.
+__attribute__((noinline)) void merge(Row row, const Row& next, size_t padded) {
+  if (*next.total == 0.0f) return;
+  if (*row.total == 0.0f) {
+    *row.most = *next.most;
+    *row.total = *next.total;
+    for (size_t i = 0; i < padded; i += kLanes) write(row.out + i, read<F>(next.out + i));
+    return;
+  }
+  const float most = *row.most > *next.most ? *row.most : *next.most;
+  const F old = power<true>(all(*row.most - most)), fresh = power<true>(all(*next.most - most));
+  const F total = fma(all(*row.total), old, all(*next.total) * fresh);
+  *row.most = most;
+  *row.total = total[0];
+  for (size_t i = 0; i < padded; i += kLanes) write(row.out + i, fma(read<F>(row.out + i), old, read<F>(next.out + i) * fresh));
+}
+
+// Turns a head's vector: halves are first and second.
+template <class E>
+QTP_INLINE void turn(const typename E::stored* x, const float* cos, const float* sin, size_t half, typename E::stored* to) {
+  for (size_t i = 0; i < half; i += kLanes) {
+    const size_t n = half - i;
+    const F first = load_up_to<E>(x + i, n), second = load_up_to<E>(x + half + i, n);
+    const F c = load_up_to<F32>(cos + i, n), s = load_up_to<F32>(sin + i, n);
+    store_up_to<E>(to + i, fma(first, c, -(second * s)), n);
+    store_up_to<E>(to + half + i, fma(second, c, first * s), n);
+  }
+}
+
+template <class E>
+void rope(const Call& call, Range range) {
+  using Stored = typename E::stored;
+  const Attention& a = call.attention;
+  const size_t all_heads = a.heads + 2 * a.kv_heads, half = a.width / 2;
+  size_t token = range.begin / all_heads, head = range.begin % all_heads;
+  for (size_t i = range.begin; i < range.end; ++i) {
+    Stored* x = static_cast<Stored*>(call.qkv) + token * call.stride + head * a.width;
+    const float *cos = call.step.cos + token * half, *sin = call.step.sin + token * half;
+    if (head < a.heads) {
+      turn<E>(x, cos, sin, half, x);
+    } else {
+      const bool key = head < a.heads + a.kv_heads;
+      const size_t kv_head = head - a.heads - (key ? 0 : a.kv_heads);
+      const size_t place = (size_t(call.step.slots[token]) * a.kv_heads + kv_head) * a.width;
+      if (key)
+        turn<E>(x, cos, sin, half, static_cast<Stored*>(call.keys) + place);
+      else
+        __builtin_memcpy(static_cast<Stored*>(call.values) + place, x, a.width * sizeof(Stored));
+    }
+    if (++head == all_heads) head = 0, ++token;
+  }
+}
+
+template <class E>
+QTP_INLINE const typename E::stored* query(const Call& call, const Unit& unit, size_t row) {
+  const size_t token = unit.token + (unit.first + row) / unit.group, head = unit.head + (unit.first + row) % unit.group;
+  return static_cast<const typename E::stored*>(call.qkv) + token * call.stride + head * call.attention.width;
+}
+
+// What any kernel needs of a thread's memory, cut from it piece by piece.
+struct Memory {
+  char* at;
+
+  template <class T>
+  QTP_INLINE T* take(size_t count) {
+    T* taken = reinterpret_cast<T*>(at);
+    at += round_up(count * sizeof(T), 64);
+    return taken;
+  }
+};
+
+#include "attention_floats.inl"
+#if QTP_AMX
+#include "attention_amx.inl"
+#endif
+
+template <class Kernel>
+size_t padded(const Attention& a) {
+  return Kernel::padded(a.width);
+}
+
+template <class Kernel>
+size_t room(const Attention& a) {
+  constexpr size_t rows = kMostTiles * kTile;
+  return Kernel::room(a.width) + (rows + kTile) * (Kernel::padded(a.width) + 2) * sizeof(float) + 1024;
+}
+
+template <class Kernel>
+QTP_INLINE void finish(const Call& call, const Unit& unit, size_t row, const Row& result) {
+  using Stored = typename Kernel::E::stored;
+  const Attention& a = call.attention;
+  const size_t token = unit.token + (unit.first + row) / unit.group, head = unit.head + (unit.first + row) % unit.group;
+  Kernel::put(result.out, 1.0f / *result.total, a.width, static_cast<Stored*>(call.out) + (token * a.heads + head) * a.width);
+}
+
+template <class Kernel>
+void attend(const Call& call, const Unit& unit, void* memory) {
+  const size_t padded = Kernel::padded(call.attention.width);
+  Memory cut{static_cast<char*>(memory)};
+  float *most = cut.take<float>(unit.rows), *total = cut.take<float>(unit.rows), *out = cut.take<float>(unit.rows * padded);
+  float *next_most = cut.take<float>(kTile), *next_total = cut.take<float>(kTile), *next_out = cut.take<float>(kTile * padded);
+  Kernel kernel(call, unit, cut);
+  for (size_t partition = unit.begin; partition < unit.end; ++partition) {
+    kernel.prepare(partition);
+    for (size_t first = 0; first < unit.rows; first += kTile) {
+      if (partition == unit.begin) {
+        kernel.run(first, most + first, total + first, out + first * padded);
+        continue;
+      }
+      kernel.run(first, next_most, next_total, next_out);
+      for (size_t r = 0; r < smaller_of(kTile, unit.rows - first); ++r)
+        merge({most + first + r, total + first + r, out + (first + r) * padded},
+              {next_most + r, next_total + r, next_out + r * padded}, padded);
+    }
+  }
+  for (size_t r = 0; r < unit.rows; ++r) finish<Kernel>(call, unit, r, {most + r, total + r, out + r * padded});
+}
+
+// unit.parts holds for each partition the maxima, the sums and the rows of results.
+QTP_INLINE Row part_of(const Unit& unit, size_t partition, size_t row, size_t padded) {
+  float* part = unit.parts + (partition - unit.begin) * unit.rows * (padded + 2);
+  return {part + row, part + unit.rows + row, part + 2 * unit.rows + row * padded};
+}
+
+template <class Kernel>
+void part(const Call& call, const Unit& unit, size_t partition, void* memory) {
+  const size_t padded = Kernel::padded(call.attention.width);
+  Memory cut{static_cast<char*>(memory)};
+  Kernel kernel(call, unit, cut);
+  kernel.prepare(partition);
+  for (size_t first = 0; first < unit.rows; first += kTile) {
+    const Row to = part_of(unit, partition, first, padded);
+    kernel.run(first, to.most, to.total, to.out);
+  }
+}
+
+template <class Kernel>
+void join(const Call& call, const Unit& unit, Range rows, void* memory) {
+  const size_t padded = Kernel::padded(call.attention.width);
+  Memory cut{static_cast<char*>(memory)};
+  float* out = cut.take<float>(padded);
+  for (size_t r = rows.begin; r < rows.end; ++r) {
+    float most = 0.0f, total = 0.0f;
+    const Row row{&most, &total, out};
+    for (size_t partition = unit.begin; partition < unit.end; ++partition) merge(row, part_of(unit, partition, r, padded), padded);
+    finish<Kernel>(call, unit, r, row);
+  }
+}
+
+template <class Kernel>
+constexpr AttentionTable table() {
+  return {room<Kernel>, padded<Kernel>, rope<typename Kernel::E>, attend<Kernel>, part<Kernel>, join<Kernel>};
+}
+
+#if QTP_AMX
+using BF16Kernel = Tiles;
+#else
+using BF16Kernel = Floats<BF16>;
+#endif
+
+}  // namespace
+
+extern const AttentionTable kAttention[kDTypes] = {table<Floats<F32>>(), table<BF16Kernel>(), table<Floats<F16>>()};
+
+}  // namespace QTP_ISA
+}  // namespace qtp

@@ -1,0 +1,164 @@
+// Attention in float32, whatever the cache's dtype. Lanes are keys for the scores and elements of a head for the results. Keys are
+// turned over and both are made floats once a partition; a score is added up in order of elements, a result in order of keys.
+template <class E_>
+struct Floats {
+  using E = E_;
+  using Stored = typename E::stored;
+  static constexpr int kRows = 4;
+  static constexpr int kColumns = QTP_AVX512 ? 2 : 1;  // vectors, with kRows rows, whose sums stay in registers
+
+  const Call& call;
+  const Unit& unit;
+  const size_t width;
+  float *keys, *values, *queries, *scores;
+  size_t* offsets;
+  size_t begin;
+
+  static size_t padded(size_t width) { return round_up(width, kLanes); }
+  static size_t room(size_t width) {
+    return ((2 * kPartition + kMostTiles * kTile) * padded(width) + kTile * kPartition) * sizeof(float) + kPartition * sizeof(size_t);
+  }
+
+  Floats(const Call& call, const Unit& unit, Memory cut) : call(call), unit(unit), width(padded(call.attention.width)) {
+    keys = cut.take<float>(kPartition * width);
+    values = cut.take<float>(kPartition * width);
+    queries = cut.take<float>(kMostTiles * kTile * width);
+    scores = cut.take<float>(kTile * kPartition);
+    offsets = cut.take<size_t>(kPartition);
+    const size_t own = call.attention.width;
+    for (size_t r = 0; r < unit.rows; ++r)
+      for (size_t i = 0; i < width; i += kLanes) write(queries + r * width + i, load_up_to<E>(query<E>(call, unit, r) + i, own - i));
+  }
+
+  // x[i][j] becomes x[j][i].
+  static QTP_INLINE void turn_over(F* x) {
+#if QTP_AVX512
+    const auto swap = [&](int distance, const int* low) __attribute__((always_inline)) {
+      const __m512i from = _mm512_loadu_si512(low), other = _mm512_add_epi32(from, _mm512_set1_epi32(distance));
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        if (i & distance) continue;
+        const __m512 a = (__m512)x[i], b = (__m512)x[i + distance];
+        x[i] = (F)_mm512_permutex2var_ps(a, from, b);
+        x[i + distance] = (F)_mm512_permutex2var_ps(a, other, b);
+      }
+    };
+    static constexpr int k8[] = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+    static constexpr int k4[] = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27};
+    static constexpr int k2[] = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+    static constexpr int k1[] = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
+    swap(8, k8);
+    swap(4, k4);
+    swap(2, k2);
+    swap(1, k1);
+#else
+    typedef float Four __attribute__((vector_size(16)));
+    typedef int32_t Index __attribute__((vector_size(16)));
+    float from[kLanes * kLanes], to[kLanes * kLanes];
+    __builtin_memcpy(from, x, sizeof from);
+    for (size_t i = 0; i < kLanes; i += 4)
+      for (size_t j = 0; j < kLanes; j += 4) {
+        Four y[4];
+        for (size_t k = 0; k < 4; ++k) y[k] = read<Four>(from + (i + k) * kLanes + j);
+        const Four a = __builtin_shuffle(y[0], y[1], Index{0, 4, 1, 5}), b = __builtin_shuffle(y[2], y[3], Index{0, 4, 1, 5});
+        const Four c = __builtin_shuffle(y[0], y[1], Index{2, 6, 3, 7}), d = __builtin_shuffle(y[2], y[3], Index{2, 6, 3, 7});
+        const Four z[4] = {__builtin_shuffle(a, b, Index{0, 1, 4, 5}), __builtin_shuffle(a, b, Index{2, 3, 6, 7}),
+                           __builtin_shuffle(c, d, Index{0, 1, 4, 5}), __builtin_shuffle(c, d, Index{2, 3, 6, 7})};
+        for (size_t k = 0; k < 4; ++k) __builtin_memcpy(to + (j + k) * kLanes + i, &z[k], sizeof z[k]);
+      }
+    __builtin_memcpy(x, to, sizeof to);
+#endif
+  }
+
+  // keys: [16 keys][element][key]; values: [key][element]. What is behind the last that any row sees is 0.
+  void prepare(size_t partition) {
+    begin = partition * kPartition;
+    const size_t last = unit.position + (unit.first + unit.rows - 1) / unit.group;
+    const size_t count = smaller_of(last + 1 - begin, kPartition), own = call.attention.width;
+    find(call.attention, unit, begin, count, offsets);
+    const Stored *k = static_cast<const Stored*>(call.keys), *v = static_cast<const Stored*>(call.values);
+    for (size_t first = 0; first < count; first += kLanes)
+      for (size_t i = 0; i < width; i += kLanes) {
+        F x[kLanes];
+        for (size_t j = 0; j < kLanes; ++j) x[j] = first + j < count ? load_up_to<E>(k + offsets[first + j] + i, own - i) : F{};
+        turn_over(x);
+        for (size_t j = 0; j < kLanes; ++j) write(keys + first * width + (i + j) * kLanes, x[j]);
+      }
+    const size_t room = round_up(count, kLanes);
+    for (size_t j = 0; j < room; ++j)
+      for (size_t i = 0; i < width; i += kLanes)
+        write(values + j * width + i, j < count ? load_up_to<E>(v + offsets[j] + i, own - i) : F{});
+  }
+
+  // R rows with C vectors: to[r * to_stride + ...] is the sum over i < count of x[r * x_stride + i] * y[i * y_stride + c * apart ...].
+  template <int R, int C>
+  static QTP_INLINE void product(const float* x, size_t x_stride, const float* y, size_t y_stride, size_t apart, size_t count, float* to,
+                                 size_t to_stride) {
+    F acc[R * C] = {};
+    for (size_t i = 0; i < count; ++i) {
+      F other[C];
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) other[c] = read<F>(y + size_t(c) * apart + i * y_stride);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int c = 0; c < C; ++c) acc[r * C + c] = fma(all(x[size_t(r) * x_stride + i]), other[c], acc[r * C + c]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) write(to + size_t(r) * to_stride + size_t(c) * kLanes, acc[r * C + c]);
+  }
+
+  // `rows` rows with `vectors` vectors that lie `apart`.
+  static QTP_INLINE void products(const float* x, size_t x_stride, const float* y, size_t y_stride, size_t apart, size_t count, float* to,
+                                  size_t to_stride, size_t rows, size_t vectors) {
+    size_t c = 0;
+    for (; c + kColumns <= vectors; c += kColumns) {
+      size_t r = 0;
+      for (; r + 4 <= rows; r += 4)
+        product<4, kColumns>(x + r * x_stride, x_stride, y + c * apart, y_stride, apart, count, to + r * to_stride + c * kLanes, to_stride);
+      for (; r < rows; ++r)
+        product<1, kColumns>(x + r * x_stride, x_stride, y + c * apart, y_stride, apart, count, to + r * to_stride + c * kLanes, to_stride);
+    }
+    for (; c < vectors; ++c) {
+      size_t r = 0;
+      for (; r + 4 <= rows; r += 4)
+        product<4, 1>(x + r * x_stride, x_stride, y + c * apart, y_stride, apart, count, to + r * to_stride + c * kLanes, to_stride);
+      for (; r < rows; ++r)
+        product<1, 1>(x + r * x_stride, x_stride, y + c * apart, y_stride, apart, count, to + r * to_stride + c * kLanes, to_stride);
+    }
+  }
+
+  void run(size_t first, float* most, float* total, float* out) const {
+    const size_t rows = smaller_of(kTile, unit.rows - first);
+    const Sight sight(call, unit, first, rows, begin);
+    const size_t room = round_up(sight.stop(), kLanes);
+    products(queries + first * width, width, keys, kLanes, kLanes * width, width, scores, kPartition, rows, room / kLanes);
+    const float scale = kLog2E / __builtin_sqrtf(float(call.attention.width));
+    const I lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (size_t r = 0; r < rows; ++r) {
+      float* row = scores + r * kPartition;
+      F large = all(kMasked), sums = {};
+      for (size_t i = 0; i < room; i += kLanes) {
+        const I at = lanes + int32_t(i);
+        F x = read<F>(row + i) * scale;
+        x = (at < sight.low[r]) | (at > sight.high[r]) ? all(kMasked) : x;
+        write(row + i, x);
+        large = larger(large, x);
+      }
+      most[r] = largest(large);
+      for (size_t i = 0; i < room; i += kLanes) {
+        const F x = power<true>(read<F>(row + i) - most[r]);
+        write(row + i, x);
+        sums += x;
+      }
+      total[r] = sight.none(r) ? 0.0f : sum(sums);
+    }
+    products(scores, kPartition, values, width, kLanes, room, out, width, rows, width / kLanes);
+  }
+
+  static QTP_INLINE void put(const float* out, float scale, size_t width, Stored* to) {
+    for (size_t i = 0; i < width; i += kLanes) store_up_to<E>(to + i, read<F>(out + i) * scale, width - i);
+  }
+};

@@ -1,0 +1,43 @@
+// What the Python faces of the kernels share.
+#pragma once
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <cstddef>
+
+#include "isa.hpp"
+
+namespace qtp {
+
+inline void* address(size_t number) { return reinterpret_cast<void*>(number); }
+
+// `wanted` arguments that are sizes or addresses; sets an exception and returns false otherwise.
+inline bool read_sizes(PyObject* const* args, Py_ssize_t given, Py_ssize_t wanted, size_t* into) {
+  if (given != wanted) {
+    PyErr_Format(PyExc_TypeError, "needs %zd arguments, not %zd", wanted, given);
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < wanted; ++i) {
+    into[i] = PyLong_AsSize_t(args[i]);
+    if (into[i] == size_t(-1) && PyErr_Occurred()) return false;
+  }
+  return true;
+}
+
+inline bool check_dtype(size_t dtype) {
+  if (dtype < size_t(kDTypes)) return true;
+  PyErr_SetString(PyExc_ValueError, "unknown dtype");
+  return false;
+}
+
+using FastCall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+inline PyCFunction fast(FastCall call) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)); }
+
+// Adds Linear and Experts. False: an exception is set.
+bool add_linear_types(PyObject* module);
+
+extern PyMethodDef attention_functions[];
+
+}  // namespace qtp

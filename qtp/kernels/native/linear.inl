@@ -1,0 +1,322 @@
+// Compiled once for each instruction set: see each_isa.inl and linear.hpp.
+namespace qtp {
+namespace QTP_ISA {
+namespace {
+
+#include "vectors.inl"
+
+constexpr size_t kCacheBytes = 768 * 1024;    // of prepared tokens, to stay in a core's second cache
+constexpr size_t kMostTokens = 288;
+constexpr size_t kUnit = 96;                  // tokens: a multiple of what any kernel takes at once
+constexpr int kRows = QTP_AVX512 ? 4 : 2;     // a tile's rows of W and tokens, so that the sums stay in registers
+constexpr int kTokens = QTP_AVX512 ? 6 : 2;
+
+// How elements of W meet those of x: `step` products a time are added to the lanes of `acc`.
+template <class E>
+struct Floats {
+  using W = typename E::stored;
+  using X = float;
+  using V = F;
+  static constexpr size_t step = kLanes;
+  static QTP_INLINE V weight(const W* w) { return E::load(w); }
+  static QTP_INLINE V weight(const W* w, size_t n) { return load_some<E>(w, n); }
+  static QTP_INLINE V token(const X* x) { return read<F>(x); }
+  static QTP_INLINE F add(F acc, V w, V x) { return fma(w, x, acc); }
+  static QTP_INLINE void store(X* to, F x, size_t n) { store_up_to<F32>(to, x, n); }
+};
+
+#if QTP_BF16
+struct Pairs {
+  using W = uint16_t;
+  using X = uint16_t;
+  using V = __m512i;
+  static constexpr size_t step = 2 * kLanes;
+  static QTP_INLINE V weight(const W* w) { return read<__m512i>(w); }
+  static QTP_INLINE V weight(const W* w, size_t n) { return _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), w); }
+  static QTP_INLINE V token(const X* x) { return read<__m512i>(x); }
+  static QTP_INLINE F add(F acc, V w, V x) { return (F)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x); }
+  static QTP_INLINE void store(X* to, F x, size_t n) { store_up_to<BF16>(to, x, n); }
+};
+#endif
+
+template <class Op>
+constexpr size_t padded(size_t n) {
+  return (n + Op::step - 1) / Op::step * Op::step;
+}
+
+template <class Op>
+QTP_INLINE size_t prepared_length(const Linear& linear) {
+  size_t length = 0;
+  for (int leaf = 0; leaf < linear.leaves; ++leaf) length += padded<Op>(linear.cuts[leaf + 1] - linear.cuts[leaf]);
+  return length;
+}
+
+// A token's x, or norm(x): x / sqrt(mean(x^2) + eps), rounded, times the weight, rounded. Calls put(i, 16 elements from i on) in the
+// order of the leaves, each padded with zeros.
+template <class Op, class E, class Put>
+QTP_INLINE void prepare(const Linear& linear, const typename E::stored* x, const Put& put) {
+  const typename E::stored* norm = static_cast<const typename E::stored*>(linear.norm);
+  const F scale = all(norm != nullptr ? inverse_root_mean_square<E>(x, linear.k, linear.eps) : 1.0f);
+  size_t at = 0;
+  for (int leaf = 0; leaf < linear.leaves; ++leaf) {
+    const size_t cut = linear.cuts[leaf], length = linear.cuts[leaf + 1] - cut, room = padded<Op>(length);
+    for (size_t i = 0; i < room; i += kLanes) {
+      F y = {};
+      if (i < length) {
+        y = load_up_to<E>(x + cut + i, length - i);
+        if (norm != nullptr) y = rounded<E>(rounded<E>(y * scale) * load_up_to<E>(norm + cut + i, length - i));
+      }
+      put(at + i, y);
+    }
+    at += room;
+  }
+}
+
+// Sums of R rows with T tokens over `length` elements, token by token.
+template <class Op, int R, int T>
+QTP_INLINE void tile(const typename Op::W* const* rows, const typename Op::X* x, size_t x_stride, size_t length, float* out) {
+  F acc[R * T] = {};
+  size_t i = 0;
+  for (; i + Op::step <= length; i += Op::step) {
+    typename Op::V w[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) w[r] = Op::weight(rows[r] + i);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      const typename Op::V y = Op::token(x + size_t(t) * x_stride + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[t * R + r] = Op::add(acc[t * R + r], w[r], y);
+    }
+  }
+  if (i < length) {
+    typename Op::V w[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) w[r] = Op::weight(rows[r] + i, length - i);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      const typename Op::V y = Op::token(x + size_t(t) * x_stride + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[t * R + r] = Op::add(acc[t * R + r], w[r], y);
+    }
+  }
+  constexpr int whole = R * T / int(kLanes) * int(kLanes);
+#pragma GCC unroll 2
+  for (int j = 0; j < whole; j += int(kLanes)) {
+    const F y = sums(acc + j);
+    __builtin_memcpy(out + j, &y, sizeof y);
+  }
+#pragma GCC unroll 16
+  for (int j = whole; j < R * T; ++j) out[j] = sum(acc[j]);
+}
+
+// ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)), each of `width` numbers; the result is in the first.
+QTP_INLINE void add_leaves(float* parts, int leaves, size_t width) {
+  for (int step = 1; step < leaves; step *= 2)
+    for (int leaf = 0; leaf + step < leaves; leaf += 2 * step)
+      for (size_t i = 0; i < width; ++i) parts[size_t(leaf) * width + i] += parts[size_t(leaf + step) * width + i];
+}
+
+// One linear layer over tokens that lie ready: in what Op multiplies with, each leaf padded with zeros to whole steps.
+template <class Op, class E>
+struct Runner {
+  using W = typename Op::W;
+  using X = typename Op::X;
+  static constexpr size_t kBlock = kLanes;  // outputs that are finished together
+
+  const Linear& linear;
+  const X* x;
+  size_t x_stride, tokens;
+
+  // The sums of R rows with all tokens: into[t * pitch + r].
+  template <int R>
+  QTP_INLINE void sums_of(const W* const* rows, float* into, size_t pitch) const {
+    size_t t = 0;
+    constexpr int most = R > kRows ? (QTP_AVX512 ? 3 : 1) : kTokens;
+    for (; t + most <= tokens; t += most) block<R, most>(rows, t, into, pitch);
+    if constexpr (most > 5)
+      if (t + 5 <= tokens) return block<R, 5>(rows, t, into, pitch);
+    if constexpr (most > 4)
+      if (t + 4 <= tokens) return block<R, 4>(rows, t, into, pitch);
+    if constexpr (most > 3)
+      if (t + 3 <= tokens) return block<R, 3>(rows, t, into, pitch);
+    if constexpr (most > 2)
+      if (t + 2 <= tokens) return block<R, 2>(rows, t, into, pitch);
+    if constexpr (most > 1)
+      if (t + 1 <= tokens) return block<R, 1>(rows, t, into, pitch);
+  }
+
+  template <int R, int T>
+  QTP_INLINE void block(const W* const* rows, size_t t, float* into, size_t pitch) const {
+    float parts[kMostLeaves * R * T];
+    const X* from = x + t * x_stride;
+    for (int leaf = 0; leaf < linear.leaves; ++leaf) {
+      const size_t cut = linear.cuts[leaf], length = linear.cuts[leaf + 1] - cut;
+      const W* here[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) here[r] = rows[r] + cut;
+      tile<Op, R, T>(here, from, x_stride, length, parts + leaf * R * T);
+      from += padded<Op>(length);
+    }
+    if (linear.leaves > 1) add_leaves(parts, linear.leaves, R * T);
+#pragma GCC unroll 8
+    for (int i = 0; i < T; ++i)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) into[(t + size_t(i)) * pitch + size_t(r)] = parts[i * R + r];
+  }
+
+  // Rows first .. first + count - 1 (count <= kBlock) with all tokens: into[t * pitch + r]; more may be written, up to kBlock.
+  void rows(size_t first, size_t count, float* into, size_t pitch) const {
+    const W* weight = static_cast<const W*>(linear.weight);
+    const auto walk = [&](auto size) {
+      constexpr int R = decltype(size)::value;
+      for (size_t r = 0; r < count; r += R) {
+        const W* each[R];
+#pragma GCC unroll 8
+        for (size_t i = 0; i < R; ++i) each[i] = weight + (first + (r + i < count ? r + i : count - 1)) * linear.stride;
+        sums_of<R>(each, into + r, pitch);
+      }
+    };
+    if (tokens <= (QTP_AVX512 ? 3 : 1))
+      walk(Number<QTP_AVX512 ? 8 : 4>{});
+    else
+      walk(Number<kRows>{});
+  }
+
+  template <int N>
+  struct Number {
+    static constexpr int value = N;
+  };
+
+  // Memory for a block of tokens that lie ready, in elements of X, and how one of them is laid there.
+  static QTP_INLINE size_t room(const Linear& linear, size_t tokens) { return prepared_length<Op>(linear) * tokens; }
+  static QTP_INLINE bool ready(const Linear& linear) {
+    return sizeof(typename E::stored) == sizeof(X) && linear.norm == nullptr && linear.leaves == 1 && linear.k % Op::step == 0;
+  }
+  static QTP_INLINE void lay(const Linear& linear, const typename E::stored* x, size_t count, size_t x_stride, X* to) {
+    const size_t length = prepared_length<Op>(linear);
+    for (size_t t = 0; t < count; ++t)
+      prepare<Op, E>(linear, x + t * x_stride, [&](size_t i, F y) { Op::store(to + t * length + i, y, kLanes); });
+  }
+};
+
+// Outputs first .. first + count - 1 of all the runner's tokens, in float32, to got[t * kBlock ...]; `other` is as large.
+template <class Runner, class E>
+QTP_INLINE void outputs(const Runner& runner, size_t first, size_t count, float* got, float* other) {
+  constexpr size_t pitch = Runner::kBlock;
+  const Linear& linear = runner.linear;
+  runner.rows(first, count, got, pitch);
+  const typename E::stored* bias = static_cast<const typename E::stored*>(linear.bias);
+  for (size_t i = 0; bias != nullptr && i < count; i += kLanes) {
+    const F b = load_up_to<E>(bias + first + i, count - i);
+    for (size_t t = 0; t < runner.tokens; ++t) write(got + t * pitch + i, read<F>(got + t * pitch + i) + b);
+  }
+  if (!linear.gated) return;
+  runner.rows(first + linear.rows / 2, count, other, pitch);
+  for (size_t t = 0; t < runner.tokens; ++t)
+    for (size_t i = t * pitch; i < t * pitch + count; i += kLanes) write(got + i, silu(read<F>(got + i)) * read<F>(other + i));
+}
+
+// Calls each(runner, first token, memory for twice kBlock floats a token) for blocks of tokens that lie ready.
+template <class Runner, class E, class Each>
+QTP_INLINE void for_tokens(const Linear& linear, const void* x_, size_t tokens, size_t x_stride, const Each& each) {
+  using X = typename Runner::X;
+  const typename E::stored* x = static_cast<const typename E::stored*>(x_);
+  const bool ready = Runner::ready(linear);
+  size_t block = kCacheBytes / (linear.k * sizeof(X) + 1) / kUnit * kUnit;
+  block = block > kMostTokens ? kMostTokens : block < kUnit ? kUnit : block;
+  block = block > tokens ? tokens : block;
+  const size_t floats = 2 * Runner::kBlock * block;
+  char* memory = static_cast<char*>(scratch(floats * sizeof(float) + (ready ? 0 : Runner::room(linear, block) * sizeof(X)) + 64));
+  float* spare = reinterpret_cast<float*>(memory);
+  X* laid = reinterpret_cast<X*>(spare + floats);
+  for (size_t first = 0; first < tokens; first += block) {
+    const size_t count = tokens - first < block ? tokens - first : block;
+    if (ready) {
+      each(Runner{linear, reinterpret_cast<const X*>(x + first * x_stride), x_stride, count}, first, spare);
+    } else {
+      Runner::lay(linear, x + first * x_stride, count, x_stride, laid);
+      each(Runner{linear, laid, Runner::room(linear, 1), count}, first, spare);
+    }
+  }
+}
+
+template <class Runner, class E>
+void run(const Linear& linear, const void* x, size_t tokens, size_t x_stride, void* out, size_t out_stride, Range range) {
+  constexpr size_t block = Runner::kBlock;
+  for_tokens<Runner, E>(linear, x, tokens, x_stride, [&](const Runner& runner, size_t first, float* got) {
+    for (size_t row = range.begin; row < range.end; row += block) {
+      const size_t count = range.end - row < block ? range.end - row : block;
+      outputs<Runner, E>(runner, row, count, got, got + runner.tokens * block);
+      for (size_t t = 0; t < runner.tokens; ++t) {
+        for (size_t i = 0; i < count; i += kLanes) {
+          const F y = read<F>(got + t * block + i);
+          const size_t place = (first + t) * out_stride + row + i;
+          if (linear.wide)
+            store_up_to<F32>(static_cast<float*>(out) + place, y, count - i);
+          else
+            store_up_to<E>(static_cast<typename E::stored*>(out) + place, y, count - i);
+        }
+      }
+    }
+  });
+}
+
+// Puts y, which has index i, into its place among the `most` best, if it has one.
+QTP_INLINE void insert(float y, int64_t i, size_t most, float* value, int64_t* index) {
+  if (index[most - 1] >= 0 && !(y > value[most - 1])) return;
+  size_t place = most - 1;
+  for (; place > 0 && (index[place - 1] < 0 || y > value[place - 1]); --place) {
+    value[place] = value[place - 1];
+    index[place] = index[place - 1];
+  }
+  value[place] = y;
+  index[place] = i;
+}
+
+template <class Runner, class E>
+void best(const Linear& linear, const void* x, size_t tokens, size_t x_stride, size_t most, float* values, int64_t* indices,
+          Range range) {
+  constexpr size_t block = Runner::kBlock;
+  for (size_t i = 0; i < tokens * most; ++i) {
+    values[i] = -__builtin_inff();
+    indices[i] = -1;
+  }
+  for_tokens<Runner, E>(linear, x, tokens, x_stride, [&](const Runner& runner, size_t first, float* got) {
+    for (size_t row = range.begin; row < range.end; row += block) {
+      const size_t count = range.end - row < block ? range.end - row : block;
+      outputs<Runner, E>(runner, row, count, got, got + runner.tokens * block);
+      for (size_t t = 0; t < runner.tokens; ++t) {
+        float* value = values + (first + t) * most;
+        int64_t* index = indices + (first + t) * most;
+        for (size_t i = 0; i < count; i += kLanes) {
+          const float* y = got + t * block + i;
+          const size_t here = count - i < kLanes ? count - i : kLanes;
+          if (here == kLanes && index[most - 1] >= 0 && !(largest(read<F>(y)) > value[most - 1])) continue;
+          for (size_t j = 0; j < here; ++j) insert(y[j], int64_t(row + i + j), most, value, index);
+        }
+      }
+    }
+  });
+}
+
+template <class Runner, class E>
+constexpr LinearTable table() {
+  return {run<Runner, E>, best<Runner, E>};
+}
+
+#if QTP_AMX
+#include "linear_amx.inl"
+using BF16Runner = Tiles;
+#elif QTP_BF16
+using BF16Runner = Runner<Pairs, BF16>;
+#else
+using BF16Runner = Runner<Floats<BF16>, BF16>;
+#endif
+
+}  // namespace
+
+extern const LinearTable kLinear[kDTypes] = {table<Runner<Floats<F32>, F32>, F32>(), table<BF16Runner, BF16>(),
+                                             table<Runner<Floats<F16>, F16>, F16>()};
+
+}  // namespace QTP_ISA
+}  // namespace qtp

@@ -1,0 +1,134 @@
+// Linear layers in bfloat16 by matrix tiles (AMX). W is read in tiles of 16 rows and 32 elements, where it lies; x is laid out in
+// pairs, [step of 32][pair][token]. A sum goes through the steps in order, whatever the number of tokens.
+struct Tiles {
+  using W = uint16_t;
+  using X = uint32_t;
+  static constexpr size_t kSide = 16, kStep = 32;
+  static constexpr size_t kBlock = 2 * kSide;
+  static constexpr size_t kTile = kSide * kSide;
+
+  const Linear& linear;
+  const X* x;
+  size_t x_stride, tokens;
+
+  static QTP_INLINE size_t steps(const Linear& linear) { return prepared_length<Pairs>(linear) / kStep; }
+
+  static QTP_INLINE size_t room(const Linear& linear, size_t tokens) {
+    return steps(linear) * kTile * ((tokens + kSide - 1) / kSide);
+  }
+
+  static QTP_INLINE bool ready(const Linear&) { return false; }
+
+  static QTP_INLINE void lay(const Linear& linear, const uint16_t* x, size_t count, size_t x_stride, X* to) {
+    const size_t group = steps(linear) * kTile;
+    for (size_t t = 0; t < count; ++t) {
+      X* column = to + t / kSide * group + t % kSide;
+      prepare<Pairs, BF16>(linear, x + t * x_stride, [&](size_t i, F y) {
+        uint16_t halves[kLanes];
+        BF16::store(halves, y);
+        for (size_t pair = 0; pair < kLanes / 2; ++pair) column[(i / 2 + pair) * kSide] = read<uint32_t>(halves + 2 * pair);
+      });
+    }
+  }
+
+  struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  };
+
+  // Tiles 0 to 3: sums, [row tile][token tile]. 4, 5: W. 6, 7: x.
+  static QTP_INLINE void configure(const size_t* rows, const size_t* columns) {
+    Config config;
+    const auto shape = [&](int tile, size_t rows, size_t bytes) {
+      config.rows[tile] = uint8_t(bytes != 0 ? rows : 0);
+      config.row_bytes[tile] = uint16_t(rows != 0 ? bytes : 0);
+    };
+    for (int i = 0; i < 2; ++i) {
+      for (int j = 0; j < 2; ++j) shape(2 * i + j, rows[i], columns[j] * 4);
+      shape(4 + i, rows[i], kStep * sizeof(W));
+      shape(6 + i, kSide, columns[i] * 4);
+    }
+    _tile_loadconfig(&config);
+  }
+
+  // One step: the sums of R x T tiles. w: the first row of this step; ahead: lines to be fetched from memory meanwhile.
+  template <int R, int T>
+  static QTP_INLINE void step(const W* w, size_t stride, const X* pairs, size_t group) {
+    _tile_loadd(6, pairs, 64);
+    if constexpr (T > 1) _tile_loadd(7, pairs + group, 64);
+    _tile_loadd(4, w, stride * sizeof(W));
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (T > 1) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (R > 1) {
+      _tile_loadd(5, w + kSide * stride, stride * sizeof(W));
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (T > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+
+  template <int R, int T>
+  QTP_INLINE void leaf(const W* w, size_t count, size_t length, const X* pairs, size_t group, const W* next, float* sums_) const {
+    const size_t stride = linear.stride;
+    _tile_zero(0);
+    if constexpr (T > 1) _tile_zero(1);
+    if constexpr (R > 1) _tile_zero(2);
+    if constexpr (R > 1 && T > 1) _tile_zero(3);
+    size_t i = 0;
+    for (; i + kStep <= length; i += kStep) {
+      if (next != nullptr)
+        for (size_t r = 0; r < kBlock; ++r) __builtin_prefetch(next + r * stride + i, 0, 2);
+      step<R, T>(w + i, stride, pairs, group);
+      pairs += kTile;
+    }
+    if (i < length) {
+      alignas(64) W rest[kBlock * kStep] = {};
+      for (size_t r = 0; r < count; ++r)
+        for (size_t j = i; j < length; ++j) rest[r * kStep + j - i] = w[r * stride + j];
+      asm volatile("" ::: "memory");
+      step<R, T>(rest, kStep, pairs, group);
+    }
+    _tile_stored(0, sums_, 64);
+    if constexpr (T > 1) _tile_stored(1, sums_ + kTile, 64);
+    if constexpr (R > 1) _tile_stored(2, sums_ + 2 * kTile, 64);
+    if constexpr (R > 1 && T > 1) _tile_stored(3, sums_ + 3 * kTile, 64);
+    asm volatile("" ::: "memory");
+  }
+
+  template <int R, int T>
+  QTP_INLINE void block(const W* w, size_t count, size_t first, const W* next, float* into, size_t pitch) const {
+    alignas(64) float parts[kMostLeaves * 4 * kTile];
+    const size_t group = steps(linear) * kTile;
+    const X* pairs = x + first / kSide * group;
+    for (int i = 0; i < linear.leaves; ++i) {
+      const size_t cut = linear.cuts[i], length = linear.cuts[i + 1] - cut;
+      leaf<R, T>(w + cut, count, length, pairs, group, next != nullptr ? next + cut : nullptr, parts + size_t(i) * 4 * kTile);
+      pairs += padded<Pairs>(length) / kStep * kTile;
+    }
+    if (linear.leaves > 1) add_leaves(parts, linear.leaves, 4 * kTile);
+    const __m512i lanes = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) {
+        const float* from = parts + size_t(2 * r + t) * kTile;
+        const size_t start = first + size_t(t) * kSide, stop = start + kSide < tokens ? start + kSide : tokens;
+        for (size_t token = start; token < stop; ++token)
+          write(into + token * pitch + size_t(r) * kSide, (F)_mm512_i32gather_ps(lanes, from + token - start, 4));
+      }
+  }
+
+  void rows(size_t first, size_t count, float* into, size_t pitch) const {
+    const W* w = static_cast<const W*>(linear.weight) + first * linear.stride;
+    const size_t rows[2] = {count < kSide ? count : kSide, count < kSide ? 0 : count - kSide};
+    for (size_t t = 0; t < tokens; t += 2 * kSide) {
+      const size_t left = tokens - t;
+      const size_t columns[2] = {left < kSide ? left : kSide, left < kSide ? 0 : left < 2 * kSide ? left - kSide : kSide};
+      const W* next = t == 0 && first + 2 * kBlock <= linear.rows ? w + kBlock * linear.stride : nullptr;
+      configure(rows, columns);
+      if (rows[1] != 0)
+        columns[1] != 0 ? block<2, 2>(w, count, t, next, into, pitch) : block<2, 1>(w, count, t, next, into, pitch);
+      else
+        columns[1] != 0 ? block<1, 2>(w, count, t, next, into, pitch) : block<1, 1>(w, count, t, next, into, pitch);
+    }
+    _tile_release();
+  }
+};

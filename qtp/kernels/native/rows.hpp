@@ -1,0 +1,30 @@
+// What is done to each row by itself.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "isa.hpp"
+#include "parallel.hpp"
+
+namespace qtp {
+
+struct RowsTable {
+  // out = x / sqrt(mean(x^2) + eps), rounded, times weight, rounded; rows of `width` elements, one after the other.
+  void (*norm)(const void* x, size_t width, const void* weight, float eps, void* out, Range rows);
+  // out[i] = silu(x[i]) * x[width + i]; rows of x are 2 * width long.
+  void (*gate)(const void* x, size_t width, void* out, Range rows);
+  // x[i] *= sigmoid(gate), gate being one element of the table's dtype and x of another.
+  void (*scale)(const void* gate, DType dtype, void* x, size_t width);
+  // The `choices` largest of the softmax of a row, largest first and the lower index first among equals, divided by their sum if
+  // `normalize`; chosen[i] are the indices.
+  void (*choose)(const void* logits, size_t experts, size_t choices, bool normalize, void* weights, int64_t* chosen);
+  // sum[i] += weight * y[i], weight being one element.
+  void (*add)(float* sum, const void* weight, const float* y, Range columns);
+  // out[i] += sum[i], rounded once.
+  void (*finish)(void* out, const float* sum, Range columns);
+};
+
+const RowsTable& rows_table(DType dtype);
+
+}  // namespace qtp

@@ -1,0 +1,213 @@
+// Vectors of 16 floats, for the bodies of each_isa.inl. Sums over lanes always go lane i with i + 8, then + 4, + 2, + 1.
+
+#define QTP_INLINE inline __attribute__((always_inline))
+
+typedef float F __attribute__((vector_size(64)));
+typedef int32_t I __attribute__((vector_size(64)));
+typedef uint32_t U __attribute__((vector_size(64)));
+typedef uint16_t H __attribute__((vector_size(32)));
+
+constexpr size_t kLanes = 16;
+
+template <class To, class From>
+QTP_INLINE To read(const From* from) {
+  To to;
+  __builtin_memcpy(&to, from, sizeof to);
+  return to;
+}
+
+QTP_INLINE void write(float* to, F x) { __builtin_memcpy(to, &x, sizeof x); }
+
+QTP_INLINE F all(float x) { return F{} + x; }
+
+QTP_INLINE F fma(F a, F b, F c) {
+#if QTP_AVX512
+  return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+  return a * b + c;
+#endif
+}
+
+QTP_INLINE F larger(F a, F b) { return a > b ? a : b; }  // b where one is not a number
+
+QTP_INLINE float sum(F x) {
+#if QTP_AVX512
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
+  float y[kLanes];
+  __builtin_memcpy(y, &x, sizeof y);
+  for (size_t width = 8; width; width /= 2)
+    for (size_t i = 0; i < width; ++i) y[i] += y[i + width];
+  return y[0];
+#endif
+}
+
+// sum(x[0]), ..., sum(x[15])
+QTP_INLINE F sums(const F* x) {
+#if QTP_AVX512
+  const __m512i low8 = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+  const __m512i low4 = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+  const __m512i low2 = _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29);
+  const __m512i low1 = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const auto halve = [](__m512 a, __m512 b, __m512i low, int width) __attribute__((always_inline)) {
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(width));
+    return _mm512_add_ps(_mm512_permutex2var_ps(a, low, b), _mm512_permutex2var_ps(a, high, b));
+  };
+  __m512 y[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) y[i] = halve((__m512)x[2 * i], (__m512)x[2 * i + 1], low8, 8);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) y[i] = halve(y[2 * i], y[2 * i + 1], low4, 4);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) y[i] = halve(y[2 * i], y[2 * i + 1], low2, 2);
+  return (F)halve(y[0], y[1], low1, 1);
+#else
+  float y[kLanes];
+  for (size_t i = 0; i < kLanes; ++i) y[i] = sum(x[i]);
+  return read<F>(y);
+#endif
+}
+
+QTP_INLINE float largest(F x) {
+  float y[kLanes];
+  __builtin_memcpy(y, &x, sizeof y);
+  for (size_t width = 8; width; width /= 2)
+    for (size_t i = 0; i < width; ++i) y[i] = y[i] > y[i + width] ? y[i] : y[i + width];
+  return y[0];
+}
+
+// The three dtypes: load and store 16 elements, or the first n < 16 of them (the rest is 0, or is left alone).
+struct F32 {
+  using stored = float;
+  static QTP_INLINE F load(const float* x) { return read<F>(x); }
+  static QTP_INLINE void store(float* to, F x) { __builtin_memcpy(to, &x, sizeof x); }
+};
+
+struct BF16 {
+  using stored = uint16_t;
+  static QTP_INLINE F load(const uint16_t* x) { return (F)(__builtin_convertvector(read<H>(x), U) << 16); }
+  static QTP_INLINE void store(uint16_t* to, F x) {  // to the nearest, ties to even
+    const U u = (U)x;
+    const U rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+    const U nan = (U)(x != x);
+    const H half = __builtin_convertvector((nan & 0x7FC0u) | (~nan & rounded), H);
+    __builtin_memcpy(to, &half, sizeof half);
+  }
+};
+
+struct F16 {
+  using stored = uint16_t;
+  static QTP_INLINE F load(const uint16_t* x) {
+#if QTP_AVX512
+    return (F)_mm512_cvtph_ps(read<__m256i>(x));
+#elif QTP_AVX2
+    __m256 y[2] = {_mm256_cvtph_ps(read<__m128i>(x)), _mm256_cvtph_ps(read<__m128i>(x + 8))};
+    return read<F>(y);
+#else
+    const U u = __builtin_convertvector(read<H>(x), U), rest = u & 0x7FFFu, sign = (u & 0x8000u) << 16;
+    const U special = (U)(rest >= 0x7C00u), small = (U)(rest < 0x0400u);
+    const U normal = ((rest << 13) + (112u << 23)) | (special & 0x7F800000u);
+    const U tiny = (U)(__builtin_convertvector((I)rest, F) * 5.9604644775390625e-8f);  // 2^-24
+    return (F)(sign | (small & tiny) | (~small & normal));
+#endif
+  }
+  static QTP_INLINE void store(uint16_t* to, F x) {
+#if QTP_AVX512
+    const __m256i half = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __builtin_memcpy(to, &half, sizeof half);
+#elif QTP_AVX2
+    __m256 y[2];
+    __builtin_memcpy(y, &x, sizeof y);
+    const __m128i half[2] = {_mm256_cvtps_ph(y[0], _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(y[1], _MM_FROUND_TO_NEAREST_INT)};
+    __builtin_memcpy(to, half, sizeof half);
+#else
+    const U u = (U)x, sign = (u >> 16) & 0x8000u, rest = u & 0x7FFFFFFFu;
+    const U nan = (U)(rest > 0x7F800000u), big = (U)(rest >= 0x477FF000u), small = (U)(rest < 0x38800000u);
+    const U tiny = (U)((F)rest + 0.5f) - 0x3F000000u;  // the float adder rounds to multiples of 2^-24
+    const U normal = (rest - (112u << 23) + 0xFFFu + ((rest >> 13) & 1u)) >> 13;
+    const U half = (nan & 0x7E00u) | (~nan & ((big & 0x7C00u) | (~big & ((small & tiny) | (~small & normal)))));
+    const H stored = __builtin_convertvector(sign | half, H);
+    __builtin_memcpy(to, &stored, sizeof stored);
+#endif
+  }
+};
+
+template <class E>
+QTP_INLINE F load_some(const typename E::stored* x, size_t n) {
+  typename E::stored y[kLanes] = {};
+  for (size_t i = 0; i < n; ++i) y[i] = x[i];
+  return E::load(y);
+}
+
+template <class E>
+QTP_INLINE void store_some(typename E::stored* to, F x, size_t n) {
+  typename E::stored y[kLanes];
+  E::store(y, x);
+  for (size_t i = 0; i < n; ++i) to[i] = y[i];
+}
+
+template <class E>
+QTP_INLINE F load_up_to(const typename E::stored* x, size_t n) {
+  return n >= kLanes ? E::load(x) : load_some<E>(x, n);
+}
+
+template <class E>
+QTP_INLINE void store_up_to(typename E::stored* to, F x, size_t n) {
+  if (n >= kLanes)
+    E::store(to, x);
+  else
+    store_some<E>(to, x, n);
+}
+
+template <class E>
+QTP_INLINE float get(const typename E::stored* x) {
+  const F y = load_some<E>(x, 1);
+  return y[0];
+}
+
+template <class E>
+QTP_INLINE void put(typename E::stored* to, float x) {
+  store_some<E>(to, all(x), 1);
+}
+
+// e to the x, to about 2 units in the last place of a float; 0 below -87.3, and for x up to 88.
+QTP_INLINE F exponential(F x) {
+  const F low = all(-87.33654f), high = all(88.0f);
+  const U flushed = (U)(x < low);
+  x = x > high ? high : x;
+  x = x < low ? low : x;
+  const F shifted = fma(x, all(1.44269504f), all(12582912.0f));  // 1.5 x 2^23: the nearest integer, in the low bits
+  const F n = shifted - 12582912.0f;
+  F r = fma(n, all(-0.693145751953125f), x);
+  r = fma(n, all(-1.428606765330187e-6f), r);
+  F p = fma(r, all(1.9875691500e-4f), all(1.3981999507e-3f));
+  p = fma(p, r, all(8.3334519073e-3f));
+  p = fma(p, r, all(4.1665795894e-2f));
+  p = fma(p, r, all(1.6666665459e-1f));
+  p = fma(p, r, all(5.0000001201e-1f));
+  p = fma(p, r * r, r) + 1.0f;
+  const U scaled = (U)p + ((U)shifted << 23);
+  return (F)(~flushed & scaled);
+}
+
+QTP_INLINE F silu(F x) { return x / (1.0f + exponential(-x)); }
+
+template <class E>
+QTP_INLINE F rounded(F x) {
+  typename E::stored y[kLanes];
+  E::store(y, x);
+  return E::load(y);
+}
+
+template <class E>
+QTP_INLINE float inverse_root_mean_square(const typename E::stored* x, size_t width, float eps) {
+  F squares = {};
+  for (size_t i = 0; i < width; i += kLanes) {
+    const F y = load_up_to<E>(x + i, width - i);
+    squares = fma(y, y, squares);
+  }
+  return 1.0f / __builtin_sqrtf(sum(squares) / float(width) + eps);
+}

@@ -1,0 +1,103 @@
+"""Kernels from torch's own operations; they run on any device, and are what the native ones are tested against."""
+
+from collections.abc import Container, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from collectives.tree import tree_sum
+from qtp.kernels.interface import Choose, Cuts, Expert, Experts, Head, Op
+
+
+class TorchKernels:
+    name = "torch"
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None, cuts: Cuts | None = None) -> Op:
+        if cuts is None:
+            return lambda x: F.linear(x, weight, bias)
+        leaves = self.linear_leaves(weight, cuts)
+        return lambda x: tree_sum(leaves(x).unbind())
+
+    def linear_leaves(self, weight: Tensor, cuts: Cuts) -> Op:
+        return lambda x: torch.stack([F.linear(x[:, a:b].float(), weight[:, a:b].float()) for a, b in pairwise(cuts)])
+
+    def gated(self, weight: Tensor) -> Op:
+        def run(x: Tensor) -> Tensor:
+            gate, up = F.linear(x, weight).chunk(2, dim=-1)
+            return F.silu(gate).mul_(up)
+
+        return run
+
+    def rms_norm(self, weight: Tensor, eps: float) -> Op:
+        """Written out, because torch's own rms_norm on the CPU takes 1 to 3 ms for 1024 x 896 in bfloat16, and this 0.3 ms."""
+
+        def run(x: Tensor) -> Tensor:
+            wide = x.to(torch.float32)
+            return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+        return run
+
+    def choose(self, top_k: int, norm_topk_prob: bool) -> Choose:
+        def run(logits: Tensor) -> tuple[Tensor, Tensor]:
+            weights, chosen = torch.topk(torch.softmax(logits, dim=-1, dtype=torch.float32), top_k, dim=-1)
+            if norm_topk_prob:
+                weights = weights / weights.sum(dim=-1, keepdim=True)
+            return weights.to(logits.dtype), chosen
+
+        return run
+
+    def scale(self, gate: Tensor, x: Tensor) -> Tensor:
+        return torch.sigmoid(gate) * x
+
+    def head(self, weight: Tensor) -> Head:
+        return _Head(weight)
+
+    def experts(self, experts: Mapping[int, Expert], leaves: Sequence[range] | None = None) -> Experts:
+        ops = {index: (self.gated(expert.gate_up), self.linear(expert.down)) for index, expert in experts.items()}
+
+        def add(within: Container[int], x_TD: Tensor, weights_TK: Tensor, chosen_TK: Tensor, partial_TD: Tensor) -> Tensor:
+            for index in sorted(set(chosen_TK.unique().tolist()) & ops.keys()):
+                if index in within:
+                    gated, down = ops[index]
+                    tokens, place = torch.where(chosen_TK == index)
+                    out = down(gated(x_TD[tokens])) * weights_TK[tokens, place, None]
+                    partial_TD.index_add_(0, tokens, out.to(partial_TD.dtype))
+            return partial_TD
+
+        if leaves is None:
+            return partial(add, ops)
+        return lambda x, weights, chosen, parts: tree_sum(
+            [add(leaf, x, weights, chosen, part) for leaf, part in zip(leaves, parts, strict=True)]
+        )
+
+
+class _Head:
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+
+    def logits(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._weight).to(torch.float32)
+
+    def best(self, x: Tensor, count: int, allowed: int) -> tuple[Tensor, Tensor]:
+        return top(self.logits(x)[:, :allowed], count)
+
+
+def top(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The best `count` values and columns of each row, best first and the lower column first among equals; torch.topk picks any
+    of equal values. Ties with the last value matter most: where one is left out, the row is sorted whole."""
+    if count == 1:
+        return scores_RV.max(dim=1, keepdim=True)
+    more = min(count + 1, scores_RV.shape[1])
+    values, columns = scores_RV.topk(more, dim=1)
+    tied = (values[:, -1] == values[:, -2]).nonzero()[:, 0] if more > count else ()
+    values, columns = values[:, :count], columns[:, :count]
+    columns, order = columns.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    columns = columns.gather(1, order)
+    if len(tied):
+        sorted_values, sorted_columns = scores_RV[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], columns[tied] = sorted_values[:, :count], sorted_columns[:, :count]
+    return values, columns
