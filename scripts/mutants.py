@@ -18,9 +18,17 @@ ROOT = Path(__file__).parents[1]
 COPIED = ("collectives", "launch", "qtp", "tests", "scripts", "pyproject.toml", "setup.py")
 PARITY = ("tests/loopback/test_parity.py",)
 BATCHING = ("tests/loopback/test_batching.py",)
+DETERMINISTIC = ("tests/loopback/test_deterministic.py",)
+KERNEL_TESTS = ("tests/unit/test_native_kernels.py",)
+LAYOUT = ("tests/unit/test_layout.py",)
 SHM = ("tests/conformance/test_shm.py",)
 PROCESSES = "tests/conformance/test_processes.py::test_backend[{}]"
-NATIVE, HIERARCHICAL, CHANNEL = "collectives/native/", "collectives/hierarchical.py", "qtp/wire/channel.py"
+NATIVE, KERNELS, HIERARCHICAL, CHANNEL = (
+    "collectives/native/",
+    "qtp/kernels/native/",
+    "collectives/hierarchical.py",
+    "qtp/wire/channel.py",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +55,24 @@ QWEN2, MOE_MODEL, MOE = "qtp/models/qwen2.py", "qtp/models/qwen2_moe.py", "qtp/l
 SPLIT, BATCH, EMBED = "qtp/layout/split.py", "qtp/batch.py", "qtp/layers/embedding.py"
 SAMPLING, ATTENTION, SCHEDULER = "qtp/worker/sampling.py", "qtp/attention/torch_backend.py", "qtp/engine/scheduler.py"
 ENGINE, ROPE, LOADER = "qtp/engine/engine.py", "qtp/layers/rope.py", "qtp/weights/loader.py"
+TREE = "collectives/tree.py"
 
 MUTANTS = (
-    mutant("the reduce after attention dropped", QWEN2, "self.reduce(self.attention(self.input_norm(x_TD), step))",
-           "self.attention(self.input_norm(x_TD), step)"),
-    mutant("the reduce after the feed-forward dropped", QWEN2, "self.reduce(self.feed_forward(self.post_norm(x_TD)))",
-           "self.feed_forward(self.post_norm(x_TD))"),
-    mutant("the reduce after the feed-forward doubled", QWEN2, "self.reduce(self.feed_forward(self.post_norm(x_TD)))",
-           "self.reduce(self.reduce(self.feed_forward(self.post_norm(x_TD))))"),
-    mutant("the reduce after attention doubled", QWEN2, "self.reduce(self.attention(self.input_norm(x_TD), step))",
-           "self.reduce(self.reduce(self.attention(self.input_norm(x_TD), step)))"),
+    mutant("the reduce after attention dropped", QWEN2, "self.reduce(self.attention(x_TD, plan))",
+           "self.attention(x_TD, plan)"),
+    mutant("the reduce after the feed-forward dropped", QWEN2, "self.reduce(self.feed_forward(x_TD))",
+           "self.feed_forward(x_TD)"),
+    mutant("the reduce after the feed-forward doubled", QWEN2, "self.reduce(self.feed_forward(x_TD))",
+           "self.reduce(self.reduce(self.feed_forward(x_TD)))"),
+    mutant("the reduce after attention doubled", QWEN2, "self.reduce(self.attention(x_TD, plan))",
+           "self.reduce(self.reduce(self.attention(x_TD, plan)))"),
     Mutant("the shared expert reduced apart, then again with the routed ones", (
-        Change(MOE_MODEL, 'moe(config.moe, shard, f"layers.{i}.moe")', '_apart(moe(config.moe, shard, f"layers.{i}.moe"), place)'),
+        Change(MOE_MODEL, 'moe(config.moe, shard, place, f"layers.{i}.moe", post_norm)', '_apart(moe(config.moe, shard, place, f"layers.{i}.moe", post_norm), place)'),
         Change(MOE_MODEL, "def moe(", "def _apart(moe, place):\n    shared = moe.shared\n"
                "    moe.shared = lambda x: place.comm.all_reduce(shared(x))\n    return moe\n\n\ndef moe("),
     )),
     Mutant("the shared expert reduced apart and the routed ones too: right sums, a third reduce", (
-        Change(MOE_MODEL, 'moe(config.moe, shard, f"layers.{i}.moe")', '_apart(moe(config.moe, shard, f"layers.{i}.moe"), place)'),
+        Change(MOE_MODEL, 'moe(config.moe, shard, place, f"layers.{i}.moe", post_norm)', '_apart(moe(config.moe, shard, place, f"layers.{i}.moe", post_norm), place)'),
         Change(MOE_MODEL, "def moe(", "def _apart(moe, place):\n    shared = moe.shared\n"
                "    moe.shared = lambda x: place.comm.all_reduce(shared(x)) / place.grid.size\n    return moe\n\n\ndef moe("),
     ), ("tests/loopback/test_reduces.py",)),
@@ -77,22 +86,28 @@ MUTANTS = (
            "tuple(min((h + 1) // group - kv.start, len(kv) - 1) for h in query)"),
     mutant("the rope position off by one after the first chunk", BATCH, "positions += range(start, stop)",
            "positions += range(start + (start > 0), stop + (start > 0))"),
-    mutant("rope turns the wrong way in its second half", ROPE, "second * cos + first * sin", "second * cos - first * sin"),
-    mutant("YaRN's attention factor lost", ROPE, "(angles.cos() * self.attention_factor).to(dtype)", "angles.cos().to(dtype)"),
+    mutant("rope turns the wrong way in its second half", ATTENTION, "second * cos + first * sin", "second * cos - first * sin"),
+    mutant("rope turns the wrong way in its second half, natively", KERNELS + "attention.inl", "fma(second, c, first * s)",
+           "fma(second, c, -(first * s))"),
+    mutant("YaRN's attention factor lost", ROPE, "torch.stack((angles.cos(), angles.sin())) * self.attention_factor",
+           "torch.stack((angles.cos(), angles.sin()))"),
+    mutant("positions of a later piece of the rope's table begin anew", ROPE, "torch.arange(start, start + _PIECE",
+           "torch.arange(0, _PIECE", ("tests/unit/test_rope.py",)),
     mutant("the block table of a neighbour", BATCH, "tables.append(table[:needed])",
            "tables.append(tables[-1] if tables and len(tables[-1]) == needed else table[:needed])", BATCHING),
     mutant("a KV slot off by one at a block's end", BATCH, "table[p // block_size] * block_size + p % block_size",
            "table[p // block_size] * block_size + min(p % block_size, max(0, block_size - 2))", BATCHING),
-    mutant("top-k expert weights normalised against the config", MOE, "if self.norm_topk_prob:", "if not self.norm_topk_prob:"),
-    mutant("the shared expert's gate lost", MOE, "torch.sigmoid(self.shared_gate(x_TD)) * self.shared(x_TD)", "self.shared(x_TD)"),
+    mutant("top-k expert weights normalised against the config", MOE_MODEL, "config.norm_topk_prob)", "not config.norm_topk_prob)"),
+    mutant("the shared expert's gate lost", MOE, "self.scale(self.shared_gate(x_TD), self.shared(x_TD))", "self.shared(x_TD)"),
     mutant("the vocabulary shift of the embedding lost", EMBED, "local = token_ids_T - self.start", "local = token_ids_T"),
     mutant("the vocabulary shift of the logits lost", SAMPLING, "(columns + self.start)", "columns"),
     mutant("a sliding window one token too long", ATTENTION, "(at <= rows) & (at > rows - window)", "(at <= rows) & (at >= rows - window)"),
+    mutant("a sliding window one token too long, natively", KERNELS + "attention.inl", "at - int64_t(call.window) + 1", "at - int64_t(call.window)"),
     mutant("a sliding window one token too short in decode", ATTENTION, "(at < lens) & (at >= lens - window)",
            "(at < lens) & (at > lens - window)"),
     mutant("a padded decode sequence sees the padding", ATTENTION, "if not plan.even_lens or (", "if (", BATCHING),
     mutant("a dense layer taken for a sparse one", "qtp/config.py", "(i + 1) % step == 0", "i % step == 0"),
-    mutant("a part of a packed tensor laid over the one before", LOADER, "        row += rows\n", ""),
+    mutant("a part of a packed tensor laid over the one before", LOADER, "                at = stop\n", "                at = start\n"),
     mutant("blocks freed twice over: a sequence keeps its table after preemption", SCHEDULER, "        s.blocks = []\n", "", BATCHING),
     mutant("a preempted sequence forgets what it had sampled", SCHEDULER, "token_ids=tuple(s.tokens)",
            "token_ids=tuple(s.request.prompt_ids)", BATCHING),
@@ -127,6 +142,47 @@ MUTANTS = (
            ("tests/unit/test_watch.py",)),
     mutant("all ranks are bound to the cores of rank 0", "qtp/worker/joining.py", "affinity.share(comm.rank,", "affinity.share(0,",
            ("tests/processes/test_llm_processes.py",)),
+    mutant("cuts of 2 and 4 ranks that are not among those of 8", SPLIT,
+           "start, stop = part * units // parts, (part + 1) * units // parts",
+           "base, more = divmod(units, parts)\n    start = part * base + min(part, more)\n    stop = start + base + (part < more)", LAYOUT),
+    mutant("query heads cut freely at every size", SPLIT, "    if parts % 2:\n", "    if parts:\n", LAYOUT),
+    mutant("halves of query heads without a look further down", SPLIT, "key=lambda way: way[1])", "key=lambda way: way[1][0])", LAYOUT),
+    mutant("leaf cuts not shifted to the rank's box", "qtp/layout/leaves.py", "leaf.stop - held.start for leaf", "leaf.stop for leaf", LAYOUT),
+    mutant("ranks added in their order instead of a tree", TREE, "first = 1 << (len(wide) - 1).bit_length() - 1", "first = len(wide) - 1",
+           DETERMINISTIC),
+    mutant("large tensors left to the backend's order", TREE,
+           "whole = self.inner.all_gather(self._own_sum(parts))\n        return x.copy_(whole[: flat.numel()].view(x.shape))",
+           "return self.inner.all_reduce(x)", ("tests/conformance/test_tree.py",)),
+    mutant("partial sums rounded before they are reduced", "qtp/worker/worker.py", "tree.all_reduce(partial).to(dtype)",
+           "tree.all_reduce(partial.to(dtype))", DETERMINISTIC),
+    mutant("leaves of a sum added one after the other", KERNELS + "linear.inl", "for (int step = 1; step < leaves; step *= 2)\n"
+           "    for (int leaf = 0; leaf + step < leaves; leaf += 2 * step)",
+           "for (int step = 1; step < leaves; step += 1)\n    for (int leaf = 0; leaf < 1; ++leaf)", KERNEL_TESTS),
+    mutant("a leaf begins where the one before began", KERNELS + "linear_amx.inl", "leaf<R, T>(w + cut,", "leaf<R, T>(w,", KERNEL_TESTS),
+    mutant("a row's tail is multiplied with what lies behind it", KERNELS + "linear_amx.inl", "for (size_t j = i; j < length; ++j)",
+           "for (size_t j = i; j < i + kStep; ++j)", KERNEL_TESTS),
+    mutant("the last rows of a weight are left out", KERNELS + "linear.cpp", "share(linear.outputs(), thread, count, kUnit)",
+           "share(linear.outputs() / kUnit * kUnit, thread, count, kUnit)", KERNEL_TESTS),
+    mutant("of equal logits the last one is taken", KERNELS + "linear.inl", "value[place] = y;\n  index[place] = i;",
+           "value[place] = y;\n  index[place] = i + 1 - 1;\n  if (place > 0 && value[place - 1] == y) index[place - 1] = i;", KERNEL_TESTS),
+    mutant("an expert's outputs go to the first tokens", KERNELS + "experts.cpp", "sums.get() + order.get()[i].token * width",
+           "sums.get() + (i - at) * width", KERNEL_TESTS),
+    mutant("many tokens go to torch in deterministic runs too", "qtp/worker/worker.py", "NativeKernels(deterministic=config.deterministic)",
+           "NativeKernels()", DETERMINISTIC),
+    mutant("partitions of the context merged without their maxima", KERNELS + "attention.inl", "all(*next.most - most)",
+           "all(*next.most - *next.most)", ("tests/unit/test_native_attention.py",)),
+    mutant("a tie at the last candidate is left to chance", "qtp/kernels/torch_kernels.py", "    if len(tied):", "    if False:",
+           ("tests/loopback/test_draws.py",)),
+    mutant("the best are looked for beyond the tokenizer", SAMPLING, "best(plain, here, self.allowed_here)",
+           "best(plain, here, self.sizes[self.comm.rank])", ("tests/loopback/test_draws.py",)),
+    mutant("text that ends within a character is held back whole", "qtp/engine/detokenize.py",
+           "for end in range(self._seen, self._read, -1):", "for end in (self._seen,):", ("tests/unit/test_engine_parts.py",)),
+    mutant("blocks promised twice in one step", SCHEDULER, "            unpromised -= self.pool.needed(len(s.tokens))\n", "",
+           ("tests/unit/test_scheduler.py",)),
+    mutant("a file that changed while it was read is accepted", LOADER, "    store.check_unchanged()", "    pass",
+           ("tests/unit/test_loader.py",)),
+    mutant("a vector laid over what follows it", LOADER, "                at = stop\n",
+           "                at = stop if len(part.shape) > 1 else at\n", ("tests/unit/test_loader.py",)),
 )  # fmt: skip
 
 
@@ -145,7 +201,7 @@ def survives(change: Mutant) -> str | None:
             if text.count(edit.old) != 1:
                 return f"its text stands {text.count(edit.old)} times in {edit.file}"
             (tree / edit.file).write_text(text.replace(edit.old, edit.new))
-        if any(edit.file.startswith(NATIVE) for edit in change.changes):
+        if any(edit.file.startswith((NATIVE, KERNELS)) for edit in change.changes):
             build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
             built = subprocess.run(build, cwd=tree, capture_output=True, text=True, check=False)
             if built.returncode or "failed" in built.stderr:

@@ -37,9 +37,10 @@ class NativeAttention:
     def __init__(self, cache: KVCache, kv_of: tuple[int, ...], device: torch.device) -> None:
         assert why_not() is None, why_not()
         assert device.type == "cpu", device
-        assert kv_of == tuple(sorted(kv_of)) and set(kv_of) == set(range(kv_of[-1] + 1)), kv_of
+        assert sorted(kv_of) == list(kv_of), kv_of
         _, _, block_size, kv_heads, head_dim = cache.keys.shape
-        assert kv_heads == kv_of[-1] + 1 and head_dim % 2 == 0 and cache.keys.is_contiguous() and cache.values.is_contiguous()
+        assert sorted(set(kv_of)) == list(range(kv_heads)), f"{kv_of} of {kv_heads} KV heads"
+        assert head_dim % 2 == 0, head_dim
         self.cache = cache
         self.heads, self.head_dim, self.all_heads = len(kv_of), head_dim, len(kv_of) + 2 * kv_heads
         starts = (*(kv_of.index(k) for k in range(kv_heads)), len(kv_of))
@@ -53,16 +54,15 @@ class NativeAttention:
         cos, sin = cos.contiguous(), sin.contiguous()
         slots_T = batch.slots_T.contiguous()
         tokens, sequences = len(slots_T), len(batch.query_lens)
-        step = array("q", (tokens, sequences, slots_T.data_ptr(), cos.data_ptr(), sin.data_ptr()))
-        step.extend(batch.query_lens)
-        step.extend(batch.kv_lens)
-        step.extend(chain.from_iterable(batch.tables))
+        head = (tokens, sequences, slots_T.data_ptr(), cos.data_ptr(), sin.data_ptr(), *batch.query_lens, *batch.kv_lens)
+        step = array("q", [*head, *chain.from_iterable(batch.tables)])
         return _Plan(address=step.buffer_info()[0], step=step, slots_T=slots_T, cos=cos, sin=sin)
 
     def run(self, plan: object, layer: int, qkv_THd: Tensor, window: int | None) -> Tensor:
         assert isinstance(plan, _Plan)
         tokens, width = len(qkv_THd), self.head_dim
-        assert qkv_THd.shape[1] == self.all_heads and qkv_THd.stride()[1:] == (width, 1)
+        assert qkv_THd.shape[1] == self.all_heads
+        assert qkv_THd.stride()[1:] == (width, 1), qkv_THd.stride()
         out_THd = qkv_THd.new_empty((tokens, self.heads, width))
         self._attend(
             self._address,

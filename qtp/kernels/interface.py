@@ -13,6 +13,15 @@ Cuts = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class Norm:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467). The division is done in float32 and rounded
+    before the weight is applied, as in transformers. weight [D]."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
 class Expert:
     """The weights of one expert: gate_up [2 F, D], the gate first; down [D, F]."""
 
@@ -36,6 +45,8 @@ class Head(Protocol):
 class Kernels(Protocol):
     """Each method prepares a kernel for weights that stay as they are, and returns what is called in every step.
 
+    With a norm, an op takes norm(x) in place of x.
+
     A weight is row-major, its rows may lie apart (a stride). Outputs have the dtype of the input unless it is said otherwise.
 
     `cuts` (see `layout.leaves`) asks for sums that do not depend on the world size: offsets 0 ... D that cut the D products of
@@ -47,7 +58,7 @@ class Kernels(Protocol):
         """What is shown at start."""
         ...
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None, cuts: Cuts | None = None) -> Op:
+    def linear(self, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None, cuts: Cuts | None = None) -> Op:
         """y = x W^T + b with this rank's box of W: [T, D] to [T, N]. weight [N, D]; bias [N].
 
         Cut on its rows (a column linear, in Megatron's word), it takes the full input and gives this rank's columns of the
@@ -60,13 +71,12 @@ class Kernels(Protocol):
         """As `linear`, with the leaves not yet added: [T, D] to [leaves, T, N] float32."""
         ...
 
-    def gated(self, weight: Tensor) -> Op:
+    def gated(self, weight: Tensor, *, norm: Norm | None = None) -> Op:
         """silu(gate(x)) * up(x) (arXiv 2002.05202): [T, D] to [T, F]. weight [2 F, D]: gate, then up."""
         ...
 
-    def rms_norm(self, weight: Tensor, eps: float) -> Op:
-        """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467): [T, D] to [T, D]. The division is done
-        in float32 and rounded before the weight is applied, as in transformers."""
+    def rms_norm(self, norm: Norm) -> Op:
+        """norm(x): [T, D] to [T, D]."""
         ...
 
     def choose(self, top_k: int, norm_topk_prob: bool) -> Choose:

@@ -9,34 +9,37 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from collectives.tree import tree_sum
-from qtp.kernels.interface import Choose, Cuts, Expert, Experts, Head, Op
+from qtp.kernels.interface import Choose, Cuts, Expert, Experts, Head, Norm, Op
 
 
 class TorchKernels:
     name = "torch"
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None, cuts: Cuts | None = None) -> Op:
+    def linear(self, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None, cuts: Cuts | None = None) -> Op:
+        before = _identity if norm is None else self.rms_norm(norm)
         if cuts is None:
-            return lambda x: F.linear(x, weight, bias)
+            return lambda x: F.linear(before(x), weight, bias)
         leaves = self.linear_leaves(weight, cuts)
-        return lambda x: tree_sum(leaves(x).unbind())
+        return lambda x: tree_sum(leaves(before(x)).unbind())
 
     def linear_leaves(self, weight: Tensor, cuts: Cuts) -> Op:
         return lambda x: torch.stack([F.linear(x[:, a:b].float(), weight[:, a:b].float()) for a, b in pairwise(cuts)])
 
-    def gated(self, weight: Tensor) -> Op:
+    def gated(self, weight: Tensor, *, norm: Norm | None = None) -> Op:
+        both = self.linear(weight, norm=norm)
+
         def run(x: Tensor) -> Tensor:
-            gate, up = F.linear(x, weight).chunk(2, dim=-1)
+            gate, up = both(x).chunk(2, dim=-1)
             return F.silu(gate).mul_(up)
 
         return run
 
-    def rms_norm(self, weight: Tensor, eps: float) -> Op:
+    def rms_norm(self, norm: Norm) -> Op:
         """Written out, because torch's own rms_norm on the CPU takes 1 to 3 ms for 1024 x 896 in bfloat16, and this 0.3 ms."""
 
         def run(x: Tensor) -> Tensor:
             wide = x.to(torch.float32)
-            return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+            return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)).to(x.dtype) * norm.weight
 
         return run
 
@@ -72,6 +75,10 @@ class TorchKernels:
         return lambda x, weights, chosen, parts: tree_sum(
             [add(leaf, x, weights, chosen, part) for leaf, part in zip(leaves, parts, strict=True)]
         )
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
 
 
 class _Head:

@@ -9,7 +9,8 @@ from qtp.kernels.interface import Op
 class Attention:
     """Takes the full x_TD and gives a partial sum [T, D] over this rank's query heads.
 
-    qkv: to (H + 2 K) d columns, in the order query, key, value; o: from H d columns to D. window: as `AttentionBackend.run`.
+    qkv: with its norm, to (H + 2 K) d columns, in the order query, key, value; o: from H d columns to D. window: as
+    `AttentionBackend.run`.
     """
 
     def __init__(self, qkv: Op, o: Op, backend: AttentionBackend, *, layer: int, head_dim: int, window: int | None) -> None:

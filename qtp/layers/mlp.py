@@ -6,7 +6,8 @@ from qtp.kernels.interface import Op
 
 
 class GatedMLP:
-    """gated: `Kernels.gated`, [T, D] to [T, F]; down: [T, F] to [T, D]. Takes the full x_TD and gives a partial sum [T, D]."""
+    """gated: `Kernels.gated`, with its norm, [T, D] to [T, F]; down: [T, F] to [T, D]. Takes the full x_TD and gives a partial
+    sum [T, D]."""
 
     def __init__(self, gated: Op, down: Op) -> None:
         self.gated, self.down = gated, down

@@ -12,7 +12,7 @@ from qtp.kernels.interface import Choose, Experts, Op
 
 class MoE:
     """sum over the top K experts e of p_e * expert_e(x), plus sigmoid(shared_gate(x)) * shared(x), where p = softmax(router(x)),
-    renormalised over the K if the model says so (`choose`); `scale` is `Kernels.scale`.
+    renormalised over the K if the model says so (`choose`), and x went through `norm`; `scale` is `Kernels.scale`.
 
     Router and shared gate are on every rank; `experts` holds those (or the columns of those) that this rank owns.
     Takes the full x_TD and gives ONE partial sum [T, D]: routed and shared parts added, to be reduced together. Where sums must
@@ -22,6 +22,7 @@ class MoE:
     def __init__(
         self,
         *,
+        norm: Op,
         router: Op,
         choose: Choose,
         experts: Experts,
@@ -29,9 +30,10 @@ class MoE:
         shared_gate: Op,
         scale: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
-        self.router, self.choose, self.experts = router, choose, experts
+        self.norm, self.router, self.choose, self.experts = norm, router, choose, experts
         self.shared, self.shared_gate, self.scale = shared, shared_gate, scale
 
     def __call__(self, x_TD: Tensor) -> Tensor:
+        x_TD = self.norm(x_TD)
         partial_TD = self.scale(self.shared_gate(x_TD), self.shared(x_TD))
         return self.experts(x_TD, *self.choose(self.router(x_TD)), partial_TD)

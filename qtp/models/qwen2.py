@@ -14,7 +14,7 @@ from collectives.communicator import Communicator
 from qtp.attention.backend import AttentionBackend
 from qtp.batch import Batch
 from qtp.config import ModelConfig
-from qtp.kernels.interface import Cuts, Kernels, Op
+from qtp.kernels.interface import Cuts, Kernels, Norm, Op
 from qtp.layers.attention import Attention
 from qtp.layers.embedding import VocabEmbedding
 from qtp.layers.mlp import GatedMLP
@@ -38,16 +38,16 @@ class Place:
 
 
 class Block:
-    """One decoder layer. `feed_forward` is a GatedMLP or a MoE: either gives one partial sum."""
+    """One decoder layer. `attention` and `feed_forward` (a GatedMLP or a MoE) each begin with their RMSNorm, which is fused with
+    what follows, and give one partial sum."""
 
-    def __init__(self, input_norm: Op, attention: Attention, post_norm: Op, feed_forward: Op, reduce: Op) -> None:
-        self.input_norm, self.attention = input_norm, attention
-        self.post_norm, self.feed_forward = post_norm, feed_forward
-        self.reduce = reduce
+    def __init__(self, attention: Attention, feed_forward: Op, reduce: Op) -> None:
+        self.attention, self.feed_forward, self.reduce = attention, feed_forward, reduce
 
     def __call__(self, x_TD: Tensor, plan: object) -> Tensor:
-        x_TD = x_TD + self.reduce(self.attention(self.input_norm(x_TD), plan))
-        return x_TD + self.reduce(self.feed_forward(self.post_norm(x_TD)))
+        x_TD += self.reduce(self.attention(x_TD, plan))
+        x_TD += self.reduce(self.feed_forward(x_TD))
+        return x_TD
 
 
 class Qwen2ForCausalLM:
@@ -57,9 +57,10 @@ class Qwen2ForCausalLM:
         self.vocab = even(config.vocab_size, place.grid.size, place.rank)
         self.embed = VocabEmbedding(shard["embed.weight"], self.vocab.start, place.comm)
         self.blocks = blocks or [
-            block(config, shard, place, i, mlp(shard, place, f"layers.{i}.mlp")) for i in range(config.num_layers)
+            block(config, shard, place, i, mlp(shard, place, f"layers.{i}.mlp", norm(config, shard, f"layers.{i}.post_norm")))
+            for i in range(config.num_layers)
         ]
-        self.norm = place.kernels.rms_norm(shard["norm.weight"], config.rms_norm_eps)
+        self.norm = place.kernels.rms_norm(norm(config, shard, "norm"))
         self.head = place.kernels.head(shard["embed.weight" if config.tie_word_embeddings else "lm_head.weight"])
         self.rope = Rope(config.rope, config.head_dim, shard["norm.weight"].device)
         self.backend = place.attention
@@ -82,22 +83,26 @@ class Qwen2ForCausalLM:
 
 
 def block(config: ModelConfig, shard: Shard, place: Place, layer: int, feed_forward: Op) -> Block:
-    own, kernels = f"layers.{layer}", place.kernels
+    own = f"layers.{layer}"
+    qkv, bias = shard[f"{own}.attention.qkv.weight"], shard.get(f"{own}.attention.qkv.bias")
     attention = Attention(
-        kernels.linear(shard[f"{own}.attention.qkv.weight"], shard.get(f"{own}.attention.qkv.bias")),
+        place.kernels.linear(qkv, bias, norm=norm(config, shard, f"{own}.input_norm")),
         row_linear(shard, place, f"{own}.attention.o.weight"),
         place.attention,
         layer=layer,
         head_dim=config.head_dim,
         window=config.sliding_window[layer],
     )
-    input_norm = kernels.rms_norm(shard[f"{own}.input_norm.weight"], config.rms_norm_eps)
-    post_norm = kernels.rms_norm(shard[f"{own}.post_norm.weight"], config.rms_norm_eps)
-    return Block(input_norm, attention, post_norm, feed_forward, place.reduce)
+    return Block(attention, feed_forward, place.reduce)
 
 
-def mlp(shard: Shard, place: Place, own: str) -> GatedMLP:
-    return GatedMLP(place.kernels.gated(shard[f"{own}.gate_up.weight"]), row_linear(shard, place, f"{own}.down.weight"))
+def norm(config: ModelConfig, shard: Shard, name: str) -> Norm:
+    return Norm(shard[f"{name}.weight"], config.rms_norm_eps)
+
+
+def mlp(shard: Shard, place: Place, own: str, norm: Norm) -> GatedMLP:
+    gated = place.kernels.gated(shard[f"{own}.gate_up.weight"], norm=norm)
+    return GatedMLP(gated, row_linear(shard, place, f"{own}.down.weight"))
 
 
 def row_linear(shard: Shard, place: Place, name: str) -> Op:

@@ -5,11 +5,11 @@ grid and by columns inside a group, the shared expert by columns over all ranks;
 """
 
 from qtp.config import ModelConfig, MoeConfig
-from qtp.kernels.interface import Expert
+from qtp.kernels.interface import Expert, Norm
 from qtp.layers.mlp import GatedMLP
 from qtp.layers.moe import MoE
 from qtp.layout.leaves import leaf_experts
-from qtp.models.qwen2 import Place, Qwen2ForCausalLM, block, mlp
+from qtp.models.qwen2 import Place, Qwen2ForCausalLM, block, mlp, norm
 from qtp.weights.loader import Shard
 
 
@@ -18,22 +18,20 @@ class Qwen2MoeForCausalLM(Qwen2ForCausalLM):
 
     def __init__(self, config: ModelConfig, shard: Shard, place: Place) -> None:
         assert config.moe is not None
-        blocks = [
-            block(
-                config,
-                shard,
-                place,
-                i,
-                moe(config.moe, shard, place, f"layers.{i}.moe")
-                if i in config.moe.layers
-                else mlp(shard, place, f"layers.{i}.mlp"),
+        blocks = []
+        for i in range(config.num_layers):
+            post_norm = norm(config, shard, f"layers.{i}.post_norm")
+            sparse = i in config.moe.layers
+            feed_forward = (
+                moe(config.moe, shard, place, f"layers.{i}.moe", post_norm)
+                if sparse
+                else mlp(shard, place, f"layers.{i}.mlp", post_norm)
             )
-            for i in range(config.num_layers)
-        ]
+            blocks.append(block(config, shard, place, i, feed_forward))
         super().__init__(config, shard, place, blocks)
 
 
-def moe(config: MoeConfig, shard: Shard, place: Place, own: str) -> MoE:
+def moe(config: MoeConfig, shard: Shard, place: Place, own: str, norm: Norm) -> MoE:
     kernels = place.kernels
     weights = [
         Expert(*(shard[f"{own}.experts.{e}.{name}.weight"] for name in ("gate_up", "down"))) for e in range(config.num_experts)
@@ -42,6 +40,7 @@ def moe(config: MoeConfig, shard: Shard, place: Place, own: str) -> MoE:
     shared_down = kernels.linear(down) if cuts is None else kernels.linear_leaves(down, cuts)
     leaves = None if cuts is None else leaf_experts(config.num_experts, place.rank, place.grid)
     return MoE(
+        norm=kernels.rms_norm(norm),
         router=kernels.linear(shard[f"{own}.router.weight"]),
         choose=kernels.choose(config.top_k, config.norm_topk_prob),
         experts=kernels.experts({e: expert for e, expert in enumerate(weights) if expert.down.numel()}, leaves),

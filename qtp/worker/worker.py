@@ -58,7 +58,7 @@ class Worker:
             grid=grid,
             comm=comm,
             reduce=_tree_reduce(comm, dtype) if config.deterministic else comm.all_reduce,
-            kernels=NativeKernels() if native else TorchKernels(),
+            kernels=NativeKernels(deterministic=config.deterministic) if native else TorchKernels(),
             attention=NativeAttention(cache, kv_of, device) if native else TorchAttention(cache, kv_of, device),
             cuts=row_cuts(specs, comm.rank, grid) if config.deterministic else {},
         )

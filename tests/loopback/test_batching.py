@@ -54,8 +54,9 @@ def alone(kind: str, jobs: list[tuple[list[int], SamplingParams]]) -> list[tuple
     return tokens
 
 
+@pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.kind}-tp{c.tp}-block{c.block}-chunk{c.chunk}-seqs{c.seqs}")
-def test_tokens_do_not_depend_on_company(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_do_not_depend_on_company(case: Case, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     random = Random(case.seed)
     jobs = random_jobs(random, 10, longest_prompt=24, longest_output=12)
     expected = alone(case.kind, jobs)
@@ -68,6 +69,7 @@ def test_tokens_do_not_depend_on_company(case: Case, monkeypatch: pytest.MonkeyP
         max_num_batched_tokens=case.chunk,
         max_num_seqs=case.seqs,
         num_kv_blocks=blocks_for(jobs, case.block) + case.spare,
+        kernels=kernels,
     ) as llm:
         for _ in range(2):  # the second time over what the first left in the cache
             outputs = serve(llm, jobs, random)

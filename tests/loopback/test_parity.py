@@ -175,6 +175,19 @@ def refer_to(tmp_path_factory: pytest.TempPathFactory) -> Refer:
 @pytest.mark.parametrize(("name", "tp"), [(name, tp) for name, case in CASES.items() for tp in range(1, case.largest_tp + 1)])
 def test_float32_gives_the_numbers_of_transformers(name: str, tp: int, refer_to: Refer) -> None:
     with open_llm(refer_to(name).folder, tp) as llm:
+        assert llm.config.kernels == "native"
+        check(llm, refer_to(name))
+
+
+@pytest.mark.parametrize(("name", "tp"), [(name, tp) for name, case in CASES.items() for tp in {1, 3, case.largest_tp}])
+def test_so_do_the_kernels_in_torch(name: str, tp: int, refer_to: Refer) -> None:
+    with open_llm(refer_to(name).folder, tp, kernels="torch") as llm:
+        check(llm, refer_to(name))
+
+
+@pytest.mark.parametrize(("name", "tp"), [(name, tp) for name in CASES for tp in (1, 4)])
+def test_so_do_sums_by_leaves(name: str, tp: int, refer_to: Refer) -> None:
+    with open_llm(refer_to(name).folder, tp, deterministic=True) as llm:
         check(llm, refer_to(name))
 
 
@@ -196,15 +209,18 @@ def test_experts_cut_by_expert_and_by_column(name: str, tp: int, moe_ep: int, mo
         check(llm, refer_to(name))
 
 
+@pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["10-5-yarn-attention-factor-tied", "moe-8-8-dense-layer-all-experts"])
 @pytest.mark.parametrize("tp", [1, 3, 8])
-def test_half_precision_errs_no_more_than_transformers(name: str, dtype: torch.dtype, tp: int, refer_to: Refer) -> None:
+def test_half_precision_errs_no_more_than_transformers(
+    name: str, dtype: torch.dtype, tp: int, kernels: str, refer_to: Refer
+) -> None:
     """The yardstick is the root mean square error of transformers in the same dtype. No router chooses here (all experts are
     taken), so that rounding cannot flip a choice."""
     reference = refer_to(name)
     peer = oracle_logprobs(oracle(reference.folder, dtype), reference.ids)
-    with open_llm(reference.folder, tp, dtype=str(dtype).removeprefix("torch.")) as llm:
+    with open_llm(reference.folder, tp, dtype=str(dtype).removeprefix("torch."), kernels=kernels) as llm:
         logprobs, _ = run(llm, reference.ids, reference.prompt, 1)
     yardstick = _rms(peer - reference.logprobs)
     assert 0.5 < _rms(logprobs - reference.logprobs) / yardstick < 1.25

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from collectives.tree import tree_sum
 from qtp.kernels.extension import native
-from qtp.kernels.interface import Expert
+from qtp.kernels.interface import Expert, Norm
 from qtp.kernels.native_kernels import NativeKernels
 from qtp.kernels.torch_kernels import TorchKernels, top
 
@@ -75,15 +75,33 @@ def test_linear_over_more_tokens_than_are_laid_out_at_once(isa: str) -> None:
     for dtype in DTYPES:
         weight, x = strided(generator, 37, 70, dtype), strided(generator, 700, 70, dtype)
         assert_close(
-            NativeKernels().linear(weight)(x), x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T, dtype
+            NativeKernels(deterministic=True).linear(weight)(x),
+            x.double() @ weight.double().T,
+            x.double().abs() @ weight.double().abs().T,
+            dtype,
         )
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_many_tokens(deterministic: bool) -> None:
+    generator = torch.Generator().manual_seed(8)
+    kernels = NativeKernels(deterministic=deterministic)
+    for dtype in DTYPES:
+        weight, x, bias = strided(generator, 46, 96, dtype, 0.2), strided(generator, 1100, 96, dtype), torch.randn(46).to(dtype)
+        exact = x.double() @ weight.double().T
+        size = x.double().abs() @ weight.double().abs().T + 5
+        assert_close(kernels.linear(weight)(x), exact, size, dtype)
+        assert_close(kernels.linear(weight, bias)(x), exact + bias.double(), size, dtype)
+        gate, up = exact.chunk(2, dim=1)
+        got, exact = kernels.gated(weight)(x), torch.nn.functional.silu(gate) * up
+        assert (got.double() - exact).abs().max() <= 4 * ROUNDING[dtype] * exact.abs().max() + 1e-5
 
 
 def test_a_product_does_not_depend_on_the_other_tokens(isa: str, threads: int) -> None:
     for random, generator, dtype in cases(2, 30):
         rows, columns = random.randint(1, 100), random.randint(1, 300)
         weight, x = strided(generator, rows, columns, dtype), strided(generator, 120, columns, dtype)
-        linear = NativeKernels().linear(weight)
+        linear = NativeKernels(deterministic=True).linear(weight)
         whole = linear(x)
         for start, stop in ((0, 1), (7, 9), (20, 23), (1, 18), (40, 75), (119, 120)):
             assert torch.equal(linear(x[start:stop]), whole[start:stop]), (dtype, rows, columns, start, stop)
@@ -113,9 +131,22 @@ def test_rms_norm(isa: str, threads: int) -> None:
         rows, width = random.choice([1, 3, 70]), random.randint(1, 900)
         x = (3 * torch.randn(rows, width, generator=generator)).to(dtype)
         weight = (1 + 0.3 * torch.randn(width, generator=generator)).to(dtype)
-        exact = TorchKernels().rms_norm(weight.double(), 1e-6)(x.double())
-        got = NativeKernels().rms_norm(weight, 1e-6)(x)
+        exact = TorchKernels().rms_norm(Norm(weight.double(), 1e-6))(x.double())
+        got = NativeKernels().rms_norm(Norm(weight, 1e-6))(x)
         assert ((got.double() - exact).abs() <= (2.1 * ROUNDING[dtype] + 1e-6) * exact.abs()).all()
+
+
+def test_a_norm_inside_is_the_norm_before(isa: str, threads: int) -> None:
+    """Bit for bit, whoever multiplies."""
+    for random, generator, dtype in cases(5, 30):
+        tokens, rows, columns = random.choice([1, 3, 17, 200]), 2 * random.randint(1, 40), random.choice([7, 64, 133])
+        weight, x = strided(generator, rows, columns, dtype, 0.2), torch.randn(tokens, columns, generator=generator).to(dtype)
+        norm = Norm((1 + 0.3 * torch.randn(columns, generator=generator)).to(dtype), 1e-3)
+        bias = torch.randn(rows, generator=generator).to(dtype)
+        kernels = NativeKernels(deterministic=random.random() < 0.5)
+        normed = kernels.rms_norm(norm)(x)
+        assert torch.equal(kernels.linear(weight, bias, norm=norm)(x), kernels.linear(weight, bias)(normed))
+        assert torch.equal(kernels.gated(weight, norm=norm)(x), kernels.gated(weight)(normed))
 
 
 def test_best_is_the_best_of_the_allowed(isa: str, threads: int) -> None:

@@ -45,19 +45,25 @@ struct Unit {
   const int64_t* table;
   size_t token;     // of the step: the sequence's first
   size_t position;  // of that token
-  size_t length;    // of the sequence
   size_t head, group, kv_head;
   size_t first, rows;
   size_t begin, end;
   float* parts;     // where each partition's results go, if they are not put together by one thread
 };
 
+// Work that one thread does at a time: all of `count` units, or one partition of them where they have `parts`. They are those of
+// successive KV heads, so that what lies together in memory is read together.
+struct Item {
+  const Unit* units;
+  size_t count, partition;
+};
+
 struct AttentionTable {
   size_t (*room)(const Attention& attention);   // bytes that `attend` and `join` need
   size_t (*padded)(const Attention& attention); // floats of a row of results, a maximum and a sum besides
   void (*rope)(const Call& call, Range heads);  // of tokens x (heads + 2 kv_heads): turned or written to the cache
-  void (*attend)(const Call& call, const Unit& unit, void* memory);                    // all of a unit, to the end
-  void (*part)(const Call& call, const Unit& unit, size_t partition, void* memory);    // one partition, to unit.parts
+  // One item; `next`, or null, is what this thread will do then.
+  void (*attend)(const Call& call, const Item& item, const Item* next, void* memory);
   void (*join)(const Call& call, const Unit& unit, Range rows, void* memory);          // unit.parts, to the end
 };
 

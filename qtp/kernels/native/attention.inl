@@ -46,6 +46,8 @@ QTP_INLINE float power_of(float x) {
   return y[0];
 }
 
+QTP_INLINE size_t last_position(const Unit& unit) { return unit.position + (unit.first + unit.rows - 1) / unit.group; }
+
 // Where the keys and values of a partition's first `count` positions lie: offsets of elements from the start of the cache.
 QTP_INLINE void find(const Attention& a, const Unit& unit, size_t begin, size_t count, size_t* offsets) {
   const size_t row = a.kv_heads * a.width;
@@ -57,6 +59,16 @@ QTP_INLINE void find(const Attention& a, const Unit& unit, size_t begin, size_t 
   }
 }
 
+// The token, counted from the sequence's first in this step, and the head, from the group's first, of a unit's row.
+struct Place {
+  size_t token, head, group;
+  QTP_INLINE Place(const Unit& unit, size_t row)
+      : token((unit.first + row) / unit.group), head((unit.first + row) % unit.group), group(unit.group) {}
+  QTP_INLINE void next() {
+    if (++head == group) head = 0, ++token;
+  }
+};
+
 // Which of a partition's keys the rows of a tile see: row r those from low[r] to high[r], counted from the partition's begin.
 // Rows from `rows` on are like the last.
 struct Sight {
@@ -64,9 +76,10 @@ struct Sight {
 
   QTP_INLINE Sight(const Call& call, const Unit& unit, size_t first, size_t rows, size_t begin) {
     constexpr int64_t far = 1 << 30;
+    Place place(unit, first);
     for (size_t r = 0; r < kTile; ++r) {
-      const size_t row = unit.first + first + (r < rows ? r : rows - 1);
-      const int64_t at = int64_t(unit.position + row / unit.group) - int64_t(begin);
+      if (r > 0 && r < rows) place.next();
+      const int64_t at = int64_t(unit.position + place.token) - int64_t(begin);
       const int64_t from = call.window < size_t(far) ? at - int64_t(call.window) + 1 : -far;
       high[r] = int32_t(at < far ? at : far);
       low[r] = int32_t(from > far ? far : from < -far ? -far : from);
@@ -139,10 +152,35 @@ void rope(const Call& call, Range range) {
 }
 
 template <class E>
-QTP_INLINE const typename E::stored* query(const Call& call, const Unit& unit, size_t row) {
-  const size_t token = unit.token + (unit.first + row) / unit.group, head = unit.head + (unit.first + row) % unit.group;
-  return static_cast<const typename E::stored*>(call.qkv) + token * call.stride + head * call.attention.width;
+QTP_INLINE const typename E::stored* query(const Call& call, const Unit& unit, const Place& place) {
+  return static_cast<const typename E::stored*>(call.qkv) + (unit.token + place.token) * call.stride +
+         (unit.head + place.head) * call.attention.width;
 }
+
+// Asks memory, while something else is computed, for the keys and values that will be read next. On one thread whose plain read
+// was 13 to 16 GB/s, decoding read 8.2 without and 10.4 with it (heads of 64, 16,384 positions).
+struct Ahead {
+  const char *keys, *values;
+  const size_t* offsets;       // bytes, of each position
+  size_t at, lines, share;     // lines of keys: those asked for, all, and what to ask for while one unit is computed
+  size_t line, row, of_a_row;  // the next one, and how many of a position
+
+  // The next `count` lines of keys, and of values.
+  QTP_INLINE void go(size_t count) {
+    const size_t stop = smaller_of(at + count, lines);
+    while (at < stop) {
+      const size_t part = smaller_of(of_a_row - line, stop - at);
+      const char *key = keys + offsets[row] + line * 64, *value = values + offsets[row] + line * 64;
+      for (size_t i = 0; i < part; ++i, key += 64, value += 64) {
+        __builtin_prefetch(key, 0, 2);
+        __builtin_prefetch(value, 0, 2);
+      }
+      at += part;
+      line += part;
+      if (line == of_a_row) line = 0, ++row;
+    }
+  }
+};
 
 // What any kernel needs of a thread's memory, cut from it piece by piece.
 struct Memory {
@@ -169,24 +207,31 @@ size_t padded(const Attention& a) {
 template <class Kernel>
 size_t room(const Attention& a) {
   constexpr size_t rows = kMostTiles * kTile;
-  return Kernel::room(a.width) + (rows + kTile) * (Kernel::padded(a.width) + 2) * sizeof(float) + 1024;
+  const size_t results = (rows + kTile) * (Kernel::padded(a.width) + 2);
+  return Kernel::room(a.width) + results * sizeof(float) + kPartition * sizeof(size_t) + 1024;
 }
 
 template <class Kernel>
-QTP_INLINE void finish(const Call& call, const Unit& unit, size_t row, const Row& result) {
+QTP_INLINE void finish(const Call& call, const Unit& unit, const Place& place, const Row& result) {
   using Stored = typename Kernel::E::stored;
   const Attention& a = call.attention;
-  const size_t token = unit.token + (unit.first + row) / unit.group, head = unit.head + (unit.first + row) % unit.group;
-  Kernel::put(result.out, 1.0f / *result.total, a.width, static_cast<Stored*>(call.out) + (token * a.heads + head) * a.width);
+  const size_t vector = (unit.token + place.token) * a.heads + unit.head + place.head;
+  Kernel::put(result.out, 1.0f / *result.total, a.width, static_cast<Stored*>(call.out) + vector * a.width);
 }
 
+// unit.parts holds for each partition the maxima, the sums and the rows of results.
+QTP_INLINE Row part_of(const Unit& unit, size_t partition, size_t row, size_t padded) {
+  float* part = unit.parts + (partition - unit.begin) * unit.rows * (padded + 2);
+  return {part + row, part + unit.rows + row, part + 2 * unit.rows + row * padded};
+}
+
+// All partitions of a unit, to the end.
 template <class Kernel>
-void attend(const Call& call, const Unit& unit, void* memory) {
+void whole(const Call& call, const Unit& unit, Memory cut, Ahead& ahead) {
   const size_t padded = Kernel::padded(call.attention.width);
-  Memory cut{static_cast<char*>(memory)};
   float *most = cut.take<float>(unit.rows), *total = cut.take<float>(unit.rows), *out = cut.take<float>(unit.rows * padded);
   float *next_most = cut.take<float>(kTile), *next_total = cut.take<float>(kTile), *next_out = cut.take<float>(kTile * padded);
-  Kernel kernel(call, unit, cut);
+  Kernel kernel(call, unit, cut, ahead);
   for (size_t partition = unit.begin; partition < unit.end; ++partition) {
     kernel.prepare(partition);
     for (size_t first = 0; first < unit.rows; first += kTile) {
@@ -200,24 +245,41 @@ void attend(const Call& call, const Unit& unit, void* memory) {
               {next_most + r, next_total + r, next_out + r * padded}, padded);
     }
   }
-  for (size_t r = 0; r < unit.rows; ++r) finish<Kernel>(call, unit, r, {most + r, total + r, out + r * padded});
-}
-
-// unit.parts holds for each partition the maxima, the sums and the rows of results.
-QTP_INLINE Row part_of(const Unit& unit, size_t partition, size_t row, size_t padded) {
-  float* part = unit.parts + (partition - unit.begin) * unit.rows * (padded + 2);
-  return {part + row, part + unit.rows + row, part + 2 * unit.rows + row * padded};
+  Place place(unit, 0);
+  for (size_t r = 0; r < unit.rows; ++r, place.next()) finish<Kernel>(call, unit, place, {most + r, total + r, out + r * padded});
 }
 
 template <class Kernel>
-void part(const Call& call, const Unit& unit, size_t partition, void* memory) {
+void attend(const Call& call, const Item& item, const Item* next, void* memory) {
+  using Stored = typename Kernel::E::stored;
   const size_t padded = Kernel::padded(call.attention.width);
   Memory cut{static_cast<char*>(memory)};
-  Kernel kernel(call, unit, cut);
-  kernel.prepare(partition);
-  for (size_t first = 0; first < unit.rows; first += kTile) {
-    const Row to = part_of(unit, partition, first, padded);
-    kernel.run(first, to.most, to.total, to.out);
+  Ahead ahead{};
+  if (next != nullptr) {
+    const Unit& unit = *next->units;
+    const size_t begin = next->partition * kPartition, count = smaller_of(last_position(unit) + 1 - begin, kPartition);
+    size_t* offsets = cut.take<size_t>(kPartition);
+    find(call.attention, unit, begin, count, offsets);
+    for (size_t i = 0; i < count; ++i) offsets[i] *= sizeof(Stored);
+    ahead.keys = static_cast<const char*>(call.keys);
+    ahead.values = static_cast<const char*>(call.values);
+    ahead.offsets = offsets;
+    ahead.of_a_row = (next->count * call.attention.width * sizeof(Stored) + 63) / 64;
+    ahead.lines = ahead.of_a_row * count;
+    ahead.share = ahead.lines / item.count;
+  }
+  for (size_t i = 0; i < item.count; ++i) {
+    const Unit& unit = item.units[i];
+    if (unit.parts == nullptr) {
+      whole<Kernel>(call, unit, cut, ahead);
+      continue;
+    }
+    Kernel kernel(call, unit, cut, ahead);
+    kernel.prepare(item.partition);
+    for (size_t first = 0; first < unit.rows; first += kTile) {
+      const Row to = part_of(unit, item.partition, first, padded);
+      kernel.run(first, to.most, to.total, to.out);
+    }
   }
 }
 
@@ -226,17 +288,19 @@ void join(const Call& call, const Unit& unit, Range rows, void* memory) {
   const size_t padded = Kernel::padded(call.attention.width);
   Memory cut{static_cast<char*>(memory)};
   float* out = cut.take<float>(padded);
-  for (size_t r = rows.begin; r < rows.end; ++r) {
+  Place place(unit, rows.begin);
+  for (size_t r = rows.begin; r < rows.end; ++r, place.next()) {
     float most = 0.0f, total = 0.0f;
     const Row row{&most, &total, out};
-    for (size_t partition = unit.begin; partition < unit.end; ++partition) merge(row, part_of(unit, partition, r, padded), padded);
-    finish<Kernel>(call, unit, r, row);
+    for (size_t partition = unit.begin; partition < unit.end; ++partition)
+      merge(row, part_of(unit, partition, r, padded), padded);
+    finish<Kernel>(call, unit, place, row);
   }
 }
 
 template <class Kernel>
 constexpr AttentionTable table() {
-  return {room<Kernel>, padded<Kernel>, rope<typename Kernel::E>, attend<Kernel>, part<Kernel>, join<Kernel>};
+  return {room<Kernel>, padded<Kernel>, rope<typename Kernel::E>, attend<Kernel>, join<Kernel>};
 }
 
 #if QTP_AMX

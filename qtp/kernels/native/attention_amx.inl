@@ -10,6 +10,7 @@ struct Tiles {
 
   const Call& call;
   const Unit& unit;
+  Ahead& ahead;
   const size_t own, width;  // elements of a head, and what they are padded to
   uint16_t* copied;         // keys: [key][element]
   uint32_t *values;         // [step][32 elements][even, odd elements][pair]
@@ -27,7 +28,8 @@ struct Tiles {
            (kSteps * kTileWords + kPartition * kLanes) * sizeof(float) + kPartition * sizeof(size_t);
   }
 
-  Tiles(const Call& call, const Unit& unit, Memory cut) : call(call), unit(unit), own(call.attention.width), width(padded(own)) {
+  Tiles(const Call& call, const Unit& unit, Memory cut, Ahead& ahead)
+      : call(call), unit(unit), ahead(ahead), own(call.attention.width), width(padded(own)) {
     copied = cut.take<uint16_t>(kPartition * width);
     values = cut.take<uint32_t>(kPartition * width / 2);
     queries = cut.take<uint32_t>(kMostTiles * kTile * width / 2);
@@ -37,8 +39,9 @@ struct Tiles {
     for (size_t first = 0; first < unit.rows; first += kTile)
       for (size_t i = 0; i < width; i += kStep) {
         __m512i x[kTile];
-        for (size_t r = 0; r < kTile; ++r)
-          x[r] = first + r < unit.rows ? load(query<BF16>(call, unit, first + r) + i, own - i) : _mm512_setzero_si512();
+        Place place(unit, first);
+        for (size_t r = 0; r < kTile; ++r, place.next())
+          x[r] = first + r < unit.rows ? load(query<BF16>(call, unit, place) + i, own - i) : _mm512_setzero_si512();
         turn_over<16>(x);
         uint32_t* to = queries + first * width / 2 + i / kStep * kTileWords;
         for (size_t pair = 0; pair < kLanes; ++pair) _mm512_store_si512(to + pair * kLanes, x[pair]);
@@ -84,8 +87,7 @@ struct Tiles {
   void prepare(size_t partition) {
     begin = partition * kPartition;
     const Attention& a = call.attention;
-    const size_t last = unit.position + (unit.first + unit.rows - 1) / unit.group;
-    const size_t count = smaller_of(last + 1 - begin, kPartition);
+    const size_t count = smaller_of(last_position(unit) + 1 - begin, kPartition);
     find(a, unit, begin, count, offsets);
     const bool lie_well = unit.rows <= 2 * kTile && a.block % kLanes == 0 && own == width;
     const uint16_t* k = static_cast<const uint16_t*>(call.keys);
@@ -101,6 +103,7 @@ struct Tiles {
     for (size_t step = 0; step * kStep < count; ++step)
       for (size_t pair = 0; pair < kLanes; ++pair) {
         const size_t j = step * kStep + pair;
+        if (pair % 4 == 0) ahead.go(ahead.share / 64);
         for (size_t i = 0; i < width; i += kStep) {
           const __m512i x = j < count ? load(v + offsets[j] + i, own - i) : _mm512_setzero_si512();
           const __m512i y = j + kLanes < count ? load(v + offsets[j + kLanes] + i, own - i) : _mm512_setzero_si512();
@@ -130,6 +133,7 @@ struct Tiles {
   // Scores of N times 16 keys.
   template <int N, int W>
   QTP_INLINE void score(const uint32_t* query, size_t group) const {
+    ahead.go(ahead.share / 16);
     _tile_zero(0);
     if constexpr (N > 1) _tile_zero(1);
     if constexpr (N > 2) _tile_zero(2);
@@ -214,13 +218,15 @@ struct Tiles {
     F sums[4] = {};  // of keys 0, 1, 2, 3 of each four
     constexpr size_t apart = 4 / keys;
     for (size_t step = 0; step * kStep < room; ++step) {
+      ahead.go(ahead.share / 32);
       const float* from = scores + step * kStep * W;
       __m512i x[vectors];
 #pragma GCC unroll 16
       for (size_t i = 0; i < vectors; ++i) {
         const F a = power<false>(fma(read<F>(from + i * kLanes), scale, -top));
         const F b = power<false>(fma(read<F>(from + kLanes * W + i * kLanes), scale, -top));
-        const __m512i up = _mm512_set1_epi32(0x8000), left = _mm512_add_epi32((__m512i)a, up), right = _mm512_add_epi32((__m512i)b, up);
+        const __m512i half = _mm512_set1_epi32(0x8000);  // of a bfloat16's last place
+        const __m512i left = _mm512_add_epi32((__m512i)a, half), right = _mm512_add_epi32((__m512i)b, half);
         const __m512i high_halves = _mm512_set1_epi32(int32_t(0xFFFF0000u));
         sums[i % apart] += (F)_mm512_and_si512(left, high_halves) + (F)_mm512_and_si512(right, high_halves);
         x[i] = _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(left, 16), right);

@@ -1,5 +1,5 @@
-// Attention in float32, whatever the cache's dtype. Lanes are keys for the scores and elements of a head for the results. Keys are
-// turned over and both are made floats once a partition; a score is added up in order of elements, a result in order of keys.
+// Attention in float32, whatever the cache's dtype. Lanes are keys for the scores and elements of a head for the results. Keys
+// are turned over and both are made floats once a partition; a score is added up in order of elements, a result in order of keys.
 template <class E_>
 struct Floats {
   using E = E_;
@@ -16,18 +16,21 @@ struct Floats {
 
   static size_t padded(size_t width) { return round_up(width, kLanes); }
   static size_t room(size_t width) {
-    return ((2 * kPartition + kMostTiles * kTile) * padded(width) + kTile * kPartition) * sizeof(float) + kPartition * sizeof(size_t);
+    const size_t floats = (2 * kPartition + kMostTiles * kTile) * padded(width) + kTile * kPartition;
+    return floats * sizeof(float) + kPartition * sizeof(size_t);
   }
 
-  Floats(const Call& call, const Unit& unit, Memory cut) : call(call), unit(unit), width(padded(call.attention.width)) {
+  Floats(const Call& call, const Unit& unit, Memory cut, Ahead&) : call(call), unit(unit), width(padded(call.attention.width)) {
     keys = cut.take<float>(kPartition * width);
     values = cut.take<float>(kPartition * width);
     queries = cut.take<float>(kMostTiles * kTile * width);
     scores = cut.take<float>(kTile * kPartition);
     offsets = cut.take<size_t>(kPartition);
     const size_t own = call.attention.width;
-    for (size_t r = 0; r < unit.rows; ++r)
-      for (size_t i = 0; i < width; i += kLanes) write(queries + r * width + i, load_up_to<E>(query<E>(call, unit, r) + i, own - i));
+    Place place(unit, 0);
+    for (size_t r = 0; r < unit.rows; ++r, place.next())
+      for (size_t i = 0; i < width; i += kLanes)
+        write(queries + r * width + i, load_up_to<E>(query<E>(call, unit, place) + i, own - i));
   }
 
   // x[i][j] becomes x[j][i].
@@ -73,8 +76,7 @@ struct Floats {
   // keys: [16 keys][element][key]; values: [key][element]. What is behind the last that any row sees is 0.
   void prepare(size_t partition) {
     begin = partition * kPartition;
-    const size_t last = unit.position + (unit.first + unit.rows - 1) / unit.group;
-    const size_t count = smaller_of(last + 1 - begin, kPartition), own = call.attention.width;
+    const size_t count = smaller_of(last_position(unit) + 1 - begin, kPartition), own = call.attention.width;
     find(call.attention, unit, begin, count, offsets);
     const Stored *k = static_cast<const Stored*>(call.keys), *v = static_cast<const Stored*>(call.values);
     for (size_t first = 0; first < count; first += kLanes)
@@ -90,15 +92,20 @@ struct Floats {
         write(values + j * width + i, j < count ? load_up_to<E>(v + offsets[j] + i, own - i) : F{});
   }
 
-  // R rows with C vectors: to[r * to_stride + ...] is the sum over i < count of x[r * x_stride + i] * y[i * y_stride + c * apart ...].
+  // The right factor of a product: element i of vector c is at [i * stride + c * apart].
+  struct Right {
+    const float* at;
+    size_t stride, apart;
+  };
+
+  // Of R rows x with C vectors: to[r * to_stride + ...] is the sum over i < count of x[r * x_stride + i] * y[i].
   template <int R, int C>
-  static QTP_INLINE void product(const float* x, size_t x_stride, const float* y, size_t y_stride, size_t apart, size_t count, float* to,
-                                 size_t to_stride) {
+  static QTP_INLINE void product(const float* x, size_t x_stride, Right y, size_t count, float* to, size_t to_stride) {
     F acc[R * C] = {};
     for (size_t i = 0; i < count; ++i) {
       F other[C];
 #pragma GCC unroll 2
-      for (int c = 0; c < C; ++c) other[c] = read<F>(y + size_t(c) * apart + i * y_stride);
+      for (int c = 0; c < C; ++c) other[c] = read<F>(y.at + size_t(c) * y.apart + i * y.stride);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
@@ -110,31 +117,27 @@ struct Floats {
       for (int c = 0; c < C; ++c) write(to + size_t(r) * to_stride + size_t(c) * kLanes, acc[r * C + c]);
   }
 
-  // `rows` rows with `vectors` vectors that lie `apart`.
-  static QTP_INLINE void products(const float* x, size_t x_stride, const float* y, size_t y_stride, size_t apart, size_t count, float* to,
-                                  size_t to_stride, size_t rows, size_t vectors) {
+  template <int C>
+  static QTP_INLINE void column(const float* x, size_t x_stride, Right y, size_t count, float* to, size_t to_stride,
+                                size_t rows) {
+    size_t r = 0;
+    for (; r + kRows <= rows; r += kRows) product<kRows, C>(x + r * x_stride, x_stride, y, count, to + r * to_stride, to_stride);
+    for (; r < rows; ++r) product<1, C>(x + r * x_stride, x_stride, y, count, to + r * to_stride, to_stride);
+  }
+
+  static void products(const float* x, size_t x_stride, Right y, size_t count, float* to, size_t to_stride, size_t rows,
+                       size_t vectors) {
     size_t c = 0;
-    for (; c + kColumns <= vectors; c += kColumns) {
-      size_t r = 0;
-      for (; r + 4 <= rows; r += 4)
-        product<4, kColumns>(x + r * x_stride, x_stride, y + c * apart, y_stride, apart, count, to + r * to_stride + c * kLanes, to_stride);
-      for (; r < rows; ++r)
-        product<1, kColumns>(x + r * x_stride, x_stride, y + c * apart, y_stride, apart, count, to + r * to_stride + c * kLanes, to_stride);
-    }
-    for (; c < vectors; ++c) {
-      size_t r = 0;
-      for (; r + 4 <= rows; r += 4)
-        product<4, 1>(x + r * x_stride, x_stride, y + c * apart, y_stride, apart, count, to + r * to_stride + c * kLanes, to_stride);
-      for (; r < rows; ++r)
-        product<1, 1>(x + r * x_stride, x_stride, y + c * apart, y_stride, apart, count, to + r * to_stride + c * kLanes, to_stride);
-    }
+    for (; c + kColumns <= vectors; c += kColumns, y.at += kColumns * y.apart)
+      column<kColumns>(x, x_stride, y, count, to + c * kLanes, to_stride, rows);
+    for (; c < vectors; ++c, y.at += y.apart) column<1>(x, x_stride, y, count, to + c * kLanes, to_stride, rows);
   }
 
   void run(size_t first, float* most, float* total, float* out) const {
     const size_t rows = smaller_of(kTile, unit.rows - first);
     const Sight sight(call, unit, first, rows, begin);
     const size_t room = round_up(sight.stop(), kLanes);
-    products(queries + first * width, width, keys, kLanes, kLanes * width, width, scores, kPartition, rows, room / kLanes);
+    products(queries + first * width, width, {keys, kLanes, kLanes * width}, width, scores, kPartition, rows, room / kLanes);
     const float scale = kLog2E / __builtin_sqrtf(float(call.attention.width));
     const I lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (size_t r = 0; r < rows; ++r) {
@@ -155,7 +158,7 @@ struct Floats {
       }
       total[r] = sight.none(r) ? 0.0f : sum(sums);
     }
-    products(scores, kPartition, values, width, kLanes, room, out, width, rows, width / kLanes);
+    products(scores, kPartition, {values, width, kLanes}, room, out, width, rows, width / kLanes);
   }
 
   static QTP_INLINE void put(const float* out, float scale, size_t width, Stored* to) {

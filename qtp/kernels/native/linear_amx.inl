@@ -106,14 +106,44 @@ struct Tiles {
       pairs += padded<Pairs>(length) / kStep * kTile;
     }
     if (linear.leaves > 1) add_leaves(parts, linear.leaves, 4 * kTile);
-    const __m512i lanes = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
     for (int r = 0; r < R; ++r)
       for (int t = 0; t < T; ++t) {
-        const float* from = parts + size_t(2 * r + t) * kTile;
-        const size_t start = first + size_t(t) * kSide, stop = start + kSide < tokens ? start + kSide : tokens;
-        for (size_t token = start; token < stop; ++token)
-          write(into + token * pitch + size_t(r) * kSide, (F)_mm512_i32gather_ps(lanes, from + token - start, 4));
+        const size_t start = first + size_t(t) * kSide;
+        turn_over(parts + size_t(2 * r + t) * kTile, tokens - start, into + start * pitch + size_t(r) * kSide, pitch);
       }
+  }
+
+  // A tile of sums, [row][token], to rows of 16 for each of the first `count` tokens.
+  static QTP_INLINE void turn_over(const float* from, size_t count, float* into, size_t pitch) {
+    if (count < 6) {
+      const __m512i lanes = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
+      for (size_t t = 0; t < count; ++t) write(into + t * pitch, (F)_mm512_i32gather_ps(lanes, from + t, 4));
+      return;
+    }
+    __m512 a[kSide], b[kSide];
+#pragma GCC unroll 16
+    for (size_t i = 0; i < kSide; ++i) a[i] = _mm512_load_ps(from + i * kSide);
+#pragma GCC unroll 4
+    for (size_t i = 0; i < kSide; i += 4) {  // squares of 4 x 4, in each quarter of the vectors
+      const __m512 low01 = _mm512_unpacklo_ps(a[i], a[i + 1]), low23 = _mm512_unpacklo_ps(a[i + 2], a[i + 3]);
+      const __m512 high01 = _mm512_unpackhi_ps(a[i], a[i + 1]), high23 = _mm512_unpackhi_ps(a[i + 2], a[i + 3]);
+      b[i] = _mm512_shuffle_ps(low01, low23, 0x44);
+      b[i + 1] = _mm512_shuffle_ps(low01, low23, 0xEE);
+      b[i + 2] = _mm512_shuffle_ps(high01, high23, 0x44);
+      b[i + 3] = _mm512_shuffle_ps(high01, high23, 0xEE);
+    }
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 4; ++i) {  // then the quarters: b[i + 4 j] has tokens i, i + 4, i + 8, i + 12 of rows 4 j ... 4 j + 3
+      const __m512 even01 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), even23 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+      const __m512 odd01 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xDD), odd23 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xDD);
+      a[i] = _mm512_shuffle_f32x4(even01, even23, 0x88);
+      a[i + 8] = _mm512_shuffle_f32x4(even01, even23, 0xDD);
+      a[i + 4] = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
+      a[i + 12] = _mm512_shuffle_f32x4(odd01, odd23, 0xDD);
+    }
+#pragma GCC unroll 16
+    for (size_t t = 0; t < kSide; ++t)
+      if (t < count) write(into + t * pitch, (F)a[t]);
   }
 
   void rows(size_t first, size_t count, float* into, size_t pitch) const {

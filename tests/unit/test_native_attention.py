@@ -1,0 +1,208 @@
+"""Native paged attention against a plain float64 computation and the torch fallback, and bit for bit against itself."""
+
+import random
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from qtp.attention.native_backend import NativeAttention
+from qtp.attention.torch_backend import TorchAttention
+from qtp.batch import make_batch
+from qtp.kernels.extension import native, why_not
+from qtp.kv.cache import KVCache
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+CPU = torch.device("cpu")
+ISAS = native.isas() if why_not() is None else []
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAN = float("nan")
+each_isa = pytest.mark.parametrize("isa", range(len(ISAS)), ids=ISAS)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Outputs are full of NaN before they are written; threads and instruction set are put back."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, shape: self.new_full(shape, NAN))
+    yield
+    torch.set_num_threads(threads)
+    if ISAS:
+        native.use_isa(len(ISAS) - 1)
+
+
+class Sequences:
+    """Queries, keys and values [L, H + 2 K, d] of some sequences, before rope, and angles [L, d / 2] for each position."""
+
+    def __init__(self, seed: int, kv_of: tuple[int, ...], head_dim: int, lengths: list[int], dtype: torch.dtype) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.kv_of, self.kv_heads, self.head_dim, self.dtype = kv_of, kv_of[-1] + 1, head_dim, dtype
+        width = len(kv_of) + 2 * self.kv_heads
+        self.qkv = [torch.randn(n, width, head_dim, generator=g).to(dtype) for n in lengths]
+        angles = torch.rand(max(lengths), head_dim // 2, generator=g) * 6
+        self.cos, self.sin = angles.cos(), angles.sin()
+
+    def heads(self, first: int, stop: int) -> "Sequences":
+        """What a rank with query heads first ... stop - 1 has of them."""
+        part = object.__new__(Sequences)
+        low, high = self.kv_of[first], self.kv_of[stop - 1] + 1
+        part.kv_of, part.kv_heads = tuple(k - low for k in self.kv_of[first:stop]), high - low
+        part.head_dim, part.dtype, part.cos, part.sin = self.head_dim, self.dtype, self.cos, self.sin
+        at = len(self.kv_of)
+        columns = [*range(first, stop), *range(at + low, at + high), *range(at + self.kv_heads + low, at + self.kv_heads + high)]
+        part.qkv = [x[:, columns].contiguous() for x in self.qkv]
+        return part
+
+    def expected(self, sequence: int, start: int, stop: int, window: int | None) -> Tensor:
+        """[stop - start, H, d] in float64."""
+        x, heads = self.qkv[sequence][:stop].double(), len(self.kv_of)
+        cos, sin = (t[:stop, None].double() for t in (self.cos, self.sin))
+        first, second = x[:, : heads + self.kv_heads].chunk(2, dim=-1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(self.dtype).double()
+        query, key = turned[start:, :heads], turned[:, heads:][:, self.kv_of]
+        value = x[:, heads + self.kv_heads :][:, self.kv_of]
+        scores = torch.einsum("qhd,khd->hqk", query, key) / self.head_dim**0.5
+        rows, at = torch.arange(start, stop)[:, None], torch.arange(stop)
+        seen = at <= rows if window is None else (at <= rows) & (at > rows - window)
+        return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(dim=-1), value)
+
+
+class Paged:
+    """A cache that is full of NaN, and a backend over it, into which sequences go chunk by chunk."""
+
+    def __init__(self, s: Sequences, block_size: int, seed: int = 0, backend: type = NativeAttention) -> None:
+        self.s, self.block_size = s, block_size
+        needed = [-(-len(x) // block_size) for x in s.qkv]
+        blocks = list(range(sum(needed) + 3))
+        random.Random(seed).shuffle(blocks)
+        self.tables = [tuple(blocks[sum(needed[:i]) : sum(needed[: i + 1])]) for i in range(len(needed))]
+        self.cache = KVCache(2, len(blocks), block_size, s.kv_heads, s.head_dim, s.dtype, CPU)
+        self.cache.keys.fill_(NAN)
+        self.cache.values.fill_(NAN)
+        self.backend = backend(self.cache, s.kv_of, CPU)
+
+    def step(self, chunks: list[tuple[int, int, int]], window: int | None = None) -> list[Tensor]:
+        """Runs (sequence, start, stop)s, those of one token first, and returns what each gives."""
+        parts = [((1,) * (stop - start), start, self.tables[i]) for i, start, stop in chunks]
+        rows = [slice(start, stop) for _, start, stop in chunks]
+        cos, sin = (torch.cat([t[r] for r in rows]) for t in (self.s.cos, self.s.sin))
+        qkv = torch.cat([self.s.qkv[i][r] for (i, _, _), r in zip(chunks, rows, strict=True)])
+        out = self.backend.run(self.backend.plan(make_batch(parts, self.block_size, CPU), cos, sin), 1, qkv, window)
+        return list(out.split([stop - start for _, start, stop in chunks]))
+
+    def fill(self, stops: list[int]) -> None:
+        """The first tokens of each sequence, in float64, rounded."""
+        for i, stop in enumerate(stops):
+            if not stop:
+                continue
+            x, heads = self.s.qkv[i][:stop].double(), len(self.s.kv_of)
+            cos, sin = (t[:stop, None].double() for t in (self.s.cos, self.s.sin))
+            first, second = x[:, heads : heads + self.s.kv_heads].chunk(2, dim=-1)
+            keys = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(self.s.dtype)
+            at = torch.arange(stop)
+            slots = torch.tensor(self.tables[i])[at // self.block_size] * self.block_size + at % self.block_size
+            self.cache.write(1, slots, keys, self.s.qkv[i][:stop, heads + self.s.kv_heads :])
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
+KV_OF = ((0,), (0, 1, 2), (0,) * 7, (0,) * 7 + (1,) * 7, (0, 0, 0, 1), (0, 1, 1, 1, 1, 1, 2, 2), (0,) * 20, (0,) * 9 + (1,) * 3)
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(6))
+def test_it_is_attention(isa: int, dtype: torch.dtype, seed: int) -> None:
+    """Random steps: decoding sequences and chunks of prompts, over a cache in which all else is NaN."""
+    dice = random.Random(f"{seed} {dtype}")
+    longest = 3000 if seed == 0 else 600
+    lengths = [max(1, int(longest ** dice.random())) for _ in range(dice.randint(1, 5))]
+    lengths[0] = longest if seed == 0 else lengths[0]
+    starts = [n - 1 if i < len(lengths) // 2 else n - dice.randint(1, min(n, 400)) for i, n in enumerate(lengths)]
+    window = dice.choice((None, None, 1, 17, 256, 700))
+    s = Sequences(seed, dice.choice(KV_OF), dice.choice((2, 10, 32, 48, 64, 80, 96, 128, 256)), lengths, dtype)
+    block_size = (1, 5, 16, 128, 256, 48)[seed]
+    native.use_isa(isa)
+    torch.set_num_threads((1, 2, 4)[seed % 3])
+    paged, oracle = Paged(s, block_size, seed), Paged(s, block_size, seed, TorchAttention)
+    paged.fill(starts)
+    oracle.fill(starts)
+    chunks = [(i, starts[i], lengths[i]) for i in range(len(lengths))]
+    got, other = paged.step(chunks, window), oracle.step(chunks, window)
+    bound = TOLERANCE[dtype]
+    for (i, start, stop), out, torchs in zip(chunks, got, other, strict=True):
+        expected = s.expected(i, start, stop, window)
+        torch.testing.assert_close(out.double(), expected, rtol=bound, atol=bound)
+        torch.testing.assert_close(out.double(), torchs.double(), rtol=4 * bound, atol=4 * bound)  # it rounds cos and sin as well
+    for mine, theirs in ((paged.cache.keys, oracle.cache.keys), (paged.cache.values, oracle.cache.values)):
+        torch.testing.assert_close(mine, theirs, rtol=4 * bound, atol=4 * bound, equal_nan=True)
+
+
+@each_isa
+@pytest.mark.parametrize(("dtype", "window"), [(torch.float32, 300), (torch.bfloat16, 300), (torch.bfloat16, None)], ids=str)
+def test_a_row_does_not_depend_on_the_step(isa: int, dtype: torch.dtype, window: int | None) -> None:
+    """Bit for bit: chunks of any size, alone or beside others, any blocks and threads, all heads of a model or some."""
+    native.use_isa(isa)
+    torch.set_num_threads(1)
+    s = Sequences(3, (0,) * 7 + (1,) * 7, 64, [700, 90, 333], dtype)
+    whole = Paged(s, 128).step([(0, 0, 700)], window)[0]
+
+    for threads, block_size, size in ((2, 128, 7), (3, 5, 256), (1, 16, 64), (2, 48, 699)):
+        torch.set_num_threads(threads)
+        paged = Paged(s, block_size, seed=size)
+        cuts = [*range(0, 700, size), 700]
+        parts = [paged.step([(0, start, stop)], window)[0] for start, stop in pairwise(cuts)]
+        assert torch.equal(torch.cat(parts), whole), (threads, block_size, size)
+
+    paged = Paged(s, 16)
+    paged.step([(1, 0, 89), (2, 0, 200), (0, 0, 500)], window)
+    beside = [
+        paged.step([(0, n, n + 1), (2, n - 300, n - 299)] if n % 2 else [(0, n, n + 1)], window)[0] for n in range(500, 600)
+    ]
+    torch.set_num_threads(1)
+    beside += [paged.step([(0, n, n + 1)], window)[0] for n in range(600, 650)]
+    beside += [paged.step([(1, 89, 90), (0, 650, 700)], window)[1]]
+    assert torch.equal(torch.cat(beside), whole[500:])
+
+    for first, stop in ((0, 1), (6, 8), (3, 12), (8, 13)):
+        assert torch.equal(Paged(s.heads(first, stop), 32).step([(0, 0, 700)], window)[0], whole[:, first:stop]), first
+        paged = Paged(s.heads(first, stop), 32)
+        paged.step([(0, 0, 690)], window)
+        assert torch.equal(paged.step([(0, 690, 691)], window)[0], whole[690:691, first:stop]), first
+
+
+@each_isa
+def test_a_long_sequence_is_shared_by_threads(isa: int) -> None:
+    native.use_isa(isa)
+    s = Sequences(5, (0,) * 6 + (1,) * 6, 128, [2700], torch.bfloat16)
+    paged = Paged(s, 128)
+    paged.fill([2699])
+    outs = []
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        outs.append(paged.step([(0, 2699, 2700)])[0])
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    torch.testing.assert_close(outs[0].double(), s.expected(0, 2699, 2700, None), rtol=0.01, atol=0.002)
+
+
+@each_isa
+def test_far_scores(isa: int) -> None:
+    """Scores of hundreds, one key far above the others: nothing overflows, and what is not seen has no part in it."""
+    native.use_isa(isa)
+    for dtype in DTYPES:
+        s = Sequences(7, (0, 0), 64, [300], dtype)
+        s.qkv[0][:, :3] *= 20
+        s.cos, s.sin = torch.ones_like(s.cos), torch.zeros_like(s.sin)  # else the last bit of a turned query decides
+        out = Paged(s, 16).step([(0, 0, 300)])[0]
+        torch.testing.assert_close(out.double(), s.expected(0, 0, 300, None), rtol=0.02, atol=0.02)
+        assert torch.equal(out[0, 0], s.qkv[0][0, 3])
+
+
+def test_queries_of_strided_rows() -> None:
+    s = Sequences(9, (0, 0, 1), 32, [40], torch.bfloat16)
+    plain = Paged(s, 16).step([(0, 0, 40)])[0]
+    wide = torch.cat((s.qkv[0], s.qkv[0][:, :2]), dim=1)
+    paged = Paged(s, 16)
+    plan = paged.backend.plan(make_batch([((1,) * 40, 0, paged.tables[0])], 16, CPU), s.cos, s.sin)
+    assert torch.equal(paged.backend.run(plan, 1, wide[:, : s.qkv[0].shape[1]], None), plain)
