@@ -173,6 +173,34 @@ def test_a_row_does_not_depend_on_the_step(isa: int, dtype: torch.dtype, window:
 
 
 @each_isa
+def test_many_rows_do_not_depend_on_the_step(isa: int) -> None:
+    """The last bit of a sum shows in few outputs in bfloat16; here are half a million."""
+    native.use_isa(isa)
+    torch.set_num_threads(2)
+    dice = random.Random(11)
+    s = Sequences(11, (0,) * 7 + (1,) * 3, 64, [dice.randint(20, 200) for _ in range(60)], torch.bfloat16)
+    whole = Paged(s, 128).step([(i, 0, len(x)) for i, x in enumerate(s.qkv)])
+    paged, back = Paged(s, 128), 12
+    paged.step([(i, 0, len(x) - back) for i, x in enumerate(s.qkv)])
+    for n in range(back, 0, -1):
+        step = paged.step([(i, len(x) - n, len(x) - n + 1) for i, x in enumerate(s.qkv)])
+        assert all(torch.equal(one[0], all_[-n]) for one, all_ in zip(step, whole, strict=True)), n
+
+
+@each_isa
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_short_chunk_over_a_cut(isa: int, window: int | None) -> None:
+    """Few rows, some of which see one partition more or less than others, are shared by threads."""
+    native.use_isa(isa)
+    torch.set_num_threads(4)
+    s = Sequences(13, (0, 1), 64, [300], torch.float32)
+    paged = Paged(s, 16)
+    paged.fill([230])
+    out = paged.step([(0, 230, 300)], window)[0]
+    torch.testing.assert_close(out.double(), s.expected(0, 230, 300, window), rtol=1e-5, atol=1e-5)
+
+
+@each_isa
 def test_a_long_sequence_is_shared_by_threads(isa: int) -> None:
     native.use_isa(isa)
     s = Sequences(5, (0,) * 6 + (1,) * 6, 128, [2700], torch.bfloat16)
