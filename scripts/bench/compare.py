@@ -4,10 +4,11 @@
         [--peers NAME ...] [--cases NAME ...] [--rounds 5] [--threads 2] [--json FILE] [--picture FILE]
 
 Make the checkpoint with scripts/make_checkpoint.py --like qwen2-0.5b --dtype bfloat16. Each engine is a process of its own (two
-for this project and for vLLM: tp 1 with all threads, and tp 2 with half of them each), in its own virtual environment, and loads
-the model once. They take turns A B C A B C ..., one computing at a time: a turn begins when the engine before is quiet, and the
-processor time of those that wait is measured; more than IDLE_LIMIT of a core is told. All get the same random prompts, the same
-bfloat16 weights (for llama.cpp written as a BF16 GGUF beside the checkpoint, once), and decode greedily, without prefix caching.
+for this project and for vLLM: tp 1 with all threads, and tp 2 with half of them each; one more for --deterministic), in its own
+virtual environment, and loads the model once. They take turns A B C A B C ..., one computing at a time: a turn begins when the
+engine before is quiet, and the processor time of those that wait is measured; more than IDLE_LIMIT of a core is told. All get
+the same random prompts, the same bfloat16 weights (for llama.cpp written as a BF16 GGUF beside the checkpoint, once), and
+decode greedily, without prefix caching.
 
 Decode is in tokens a second of all sequences together, from when all of them have their first token until one has its last;
 prefill in prompt tokens a second, until all have their first token. The limit is taken in each turn of the rounds too: for decode
@@ -49,7 +50,8 @@ from work import Work
 
 HERE = Path(__file__).resolve().parent
 QTP, TRANSFORMERS, LLAMA, VLLM = "qtp", "transformers", "llama", "vllm"
-PEERS = {"qtp-tp1": (QTP, 1), "qtp-tp2": (QTP, 2), "transformers": (TRANSFORMERS, 1), "llama": (LLAMA, 1)}
+EXACT = "qtp-tp2-deterministic"
+PEERS = {"qtp-tp1": (QTP, 1), "qtp-tp2": (QTP, 2), EXACT: (QTP, 2), "transformers": (TRANSFORMERS, 1), "llama": (LLAMA, 1)}
 PEERS |= {"vllm-tp1": (VLLM, 1), "vllm-tp2": (VLLM, 2)}
 NEEDS = {QTP: "torch", TRANSFORMERS: "transformers", LLAMA: "llama_cpp", VLLM: "vllm"}
 LIMIT = "limit"
@@ -322,7 +324,8 @@ def start(args: argparse.Namespace, chosen: list[Case], logs: Path) -> list[Peer
                 raise PeerFailed(f"{python} has no {NEEDS[kind]}; see the installation in --help, then give --python-{kind}")
             file = str(gguf(args.model, python)) if kind == LLAMA else ""
             env = vllm_env(python, tp, args.threads) if kind == VLLM else {}
-            started.append(Peer(name, kind, python, Settings(**sizes, tp=tp, gguf=file), logs / f"{name}.log", env))
+            settings = Settings(**sizes, tp=tp, gguf=file, deterministic=name == EXACT)
+            started.append(Peer(name, kind, python, settings, logs / f"{name}.log", env))
             print(f"{name}: {started[-1].about}; ready after {started[-1].load_s:.1f} s", flush=True)
             settle(started[-1])
         except PeerFailed as error:

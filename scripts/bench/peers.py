@@ -41,6 +41,7 @@ class Settings:
     max_model_len: int
     kv_tokens: int
     max_num_batched_tokens: int
+    deterministic: bool = False
 
 
 def version(package: str) -> str:
@@ -61,6 +62,7 @@ def qtp(settings: Settings) -> tuple[str, Run]:
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        deterministic=settings.deterministic,
     )
 
     def run(prompts: Prompts, count: int) -> tuple[list[list[float]], list[list[int]]]:
@@ -74,7 +76,8 @@ def qtp(settings: Settings) -> tuple[str, Run]:
             ids[output.request_id] = list(token_ids)
         return [times[i] for i in sorted(times)], [ids[i] for i in sorted(ids)]
 
-    ways = f"{settings.threads // settings.tp} threads each, {llm.config.communicator}"
+    exact = ", deterministic" if settings.deterministic else ""
+    ways = f"{settings.threads // settings.tp} threads each, {llm.config.communicator}{exact}"
     return f"qtp, tp {settings.tp}, {ways}", run
 
 
