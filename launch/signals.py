@@ -13,6 +13,7 @@ from launch.watch import leave
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE = 3.0
 _AFTERTHOUGHT = 0.7
+_HEAD_START = 0.3
 _BURST = 0.5  # Ctrl-C under torchrun comes twice: from the terminal and, at once, from torchrun
 
 
@@ -110,7 +111,8 @@ def interrupting() -> Iterator[None]:
 @contextmanager
 def leaving(told: Callable[[str], None]) -> Iterator[None]:
     """The other ranks' way: rank 0 got the signal as well and decides, so this rank waits for its word. If none comes within a
-    few seconds, `told` is called with the cause and the process ends; at the second signal it ends at once."""
+    few seconds, `told` is called with the cause and the process ends; at the second signal it ends at once, but for a moment in
+    which rank 0 hears it too, so that it does not take this end for a death."""
 
     def handler(signum: int, frame: FrameType | None) -> None:
         pass
@@ -119,6 +121,7 @@ def leaving(told: Callable[[str], None]) -> Iterator[None]:
         if count == 1:
             threading.Thread(target=later, args=(signum,), daemon=True).start()
         else:
+            done.wait(_HEAD_START)
             leave(128 + signum)
 
     def later(signum: int) -> None:

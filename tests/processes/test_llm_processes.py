@@ -323,7 +323,7 @@ def test_without_native_code_ranks_talk_over_gloo_and_one_line_says_so(
     with processes(load_tokenizer=False) as llm:
         assert llm.config.communicator == "shm"
     assert "gloo" not in caplog.text
-    monkeypatch.setattr(built, "native", None)
+    monkeypatch.setattr(built.SHM, "module", None)
     with processes(load_tokenizer=False) as llm:
         assert llm.config.communicator == "gloo"
         assert tokens(llm, [[1, 2, 3]]) == expected
