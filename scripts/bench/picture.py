@@ -19,6 +19,7 @@ COLORS = {"qtp": "#2a6f97", "transformers": "#c9ada7", "llama": "#e09f3e", "vllm
 LABELS = {
     "qtp-tp1": "this project, tp 1",
     "qtp-tp2": "this project, tp 2",
+    "qtp-tp2-deterministic": "the same, deterministic",
     "transformers": "transformers",
     "llama": "llama.cpp",
     "vllm-tp1": "vLLM, tp 1",
