@@ -16,7 +16,9 @@ from collectives.tree import tree_sum
 from qtp.kernels.extension import native, why_not
 from qtp.kernels.interface import Choose, Cuts, Expert, Experts, Head, Norm, Op
 
-_MANY = {"amx": 128, "other": 32}  # tokens; measured on 896 x 9728, 4864 x 896, 1536 x 17920 in bfloat16 by 1 and 2 threads
+# Tokens from which on torch's matrix product is faster; measured on 896 x 9728, 4864 x 896, 1536 x 17920 by 1 and 2 threads. With
+# AVX512 it is not: at 512 tokens in bfloat16 torch gains up to 5 % there, and loses more to norms and gates, which are fused here.
+_MANY = {"amx": 128, "avx512bf16": sys.maxsize, "avx512": sys.maxsize, "avx2": 32, "baseline": 32}
 _TILE = 512  # tokens; what is larger comes as fresh memory from the system each time, which doubles the time of a product
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -26,7 +28,7 @@ class NativeKernels:
 
     def __init__(self, *, deterministic: bool = False) -> None:
         assert why_not() is None, why_not()
-        self._many = sys.maxsize if deterministic else _MANY["amx" if native.isas()[-1] == "amx" else "other"]
+        self._many = sys.maxsize if deterministic else _MANY[native.isas()[-1]]
 
     @property
     def name(self) -> str:

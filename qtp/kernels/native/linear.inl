@@ -7,7 +7,6 @@ namespace {
 
 constexpr size_t kCacheBytes = 768 * 1024;    // of prepared tokens, to stay in a core's second cache
 constexpr size_t kMostTokens = 288;
-constexpr size_t kUnit = 96;                  // tokens: a multiple of what any kernel takes at once
 constexpr int kRows = QTP_AVX512 ? 4 : 2;     // a tile's rows of W and tokens, so that the sums stay in registers
 constexpr int kTokens = QTP_AVX512 ? 6 : 2;
 
@@ -72,41 +71,44 @@ QTP_INLINE void prepare(const Linear& linear, const typename E::stored* x, const
   }
 }
 
-// Sums of R rows with T tokens over `length` elements, token by token.
-template <class Op, int R, int T>
-QTP_INLINE void tile(const typename Op::W* const* rows, const typename Op::X* x, size_t x_stride, size_t length, float* out) {
-  F acc[R * T] = {};
+// What memory is asked for while something else is computed: from `at` to `end`, front to back, some lines a step.
+template <int Lines>
+struct Coming {
+  const char *at, *end;
+
+  QTP_INLINE void go() {
+    if (at >= end) return;
+#pragma GCC unroll 4
+    for (int i = 0; i < Lines; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
+    at += 64 * Lines;
+  }
+};
+
+// acc[t * R + r] += the products of `length` elements of R rows with those of T tokens. meanwhile() is called at each step.
+template <class Op, int R, int T, class Meanwhile>
+QTP_INLINE void multiply(const typename Op::W* const* rows, const typename Op::X* x, size_t x_stride, size_t length, F* acc,
+                         const Meanwhile& meanwhile) {
+  typename Op::V w[R];
+  const auto step = [&](size_t i) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      const typename Op::V y = Op::token(x + size_t(t) * x_stride + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[t * R + r] = Op::add(acc[t * R + r], w[r], y);
+    }
+  };
   size_t i = 0;
   for (; i + Op::step <= length; i += Op::step) {
-    typename Op::V w[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) w[r] = Op::weight(rows[r] + i);
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-      const typename Op::V y = Op::token(x + size_t(t) * x_stride + i);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[t * R + r] = Op::add(acc[t * R + r], w[r], y);
-    }
+    meanwhile();
+    step(i);
   }
   if (i < length) {
-    typename Op::V w[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) w[r] = Op::weight(rows[r] + i, length - i);
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-      const typename Op::V y = Op::token(x + size_t(t) * x_stride + i);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[t * R + r] = Op::add(acc[t * R + r], w[r], y);
-    }
+    step(i);
   }
-  constexpr int whole = R * T / int(kLanes) * int(kLanes);
-#pragma GCC unroll 2
-  for (int j = 0; j < whole; j += int(kLanes)) {
-    const F y = sums(acc + j);
-    __builtin_memcpy(out + j, &y, sizeof y);
-  }
-#pragma GCC unroll 16
-  for (int j = whole; j < R * T; ++j) out[j] = sum(acc[j]);
 }
 
 // ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)), each of `width` numbers; the result is in the first.
@@ -122,31 +124,72 @@ struct Runner {
   using W = typename Op::W;
   using X = typename Op::X;
   static constexpr size_t kBlock = kLanes;  // outputs that are finished together
+  static constexpr size_t kUnit = kTokens;  // tokens: a multiple of what is taken at once
+  static constexpr size_t kShort = 8192;    // bytes of a row, up to which a core reads rows one by one faster than some together
 
   const Linear& linear;
   const X* x;
   size_t x_stride, tokens;
 
-  // The sums of R rows with all tokens: into[t * pitch + r].
-  template <int R>
-  QTP_INLINE void sums_of(const W* const* rows, float* into, size_t pitch) const {
-    size_t t = 0;
-    constexpr int most = R > kRows ? (QTP_AVX512 ? 3 : 1) : kTokens;
-    for (; t + most <= tokens; t += most) block<R, most>(rows, t, into, pitch);
-    if constexpr (most > 5)
-      if (t + 5 <= tokens) return block<R, 5>(rows, t, into, pitch);
-    if constexpr (most > 4)
-      if (t + 4 <= tokens) return block<R, 4>(rows, t, into, pitch);
-    if constexpr (most > 3)
-      if (t + 3 <= tokens) return block<R, 3>(rows, t, into, pitch);
-    if constexpr (most > 2)
-      if (t + 2 <= tokens) return block<R, 2>(rows, t, into, pitch);
-    if constexpr (most > 1)
-      if (t + 1 <= tokens) return block<R, 1>(rows, t, into, pitch);
+  // Rows first .. first + count - 1 (count <= kBlock) with all tokens: into[t * pitch + r]; more may be written, up to kBlock.
+  void rows(size_t first, size_t count, float* into, size_t pitch) const {
+    if (tokens == 1 && linear.k * sizeof(W) <= kShort) return one_by_one(first, count, into);
+    const size_t tiles = (tokens + kTokens - 1) / kTokens;
+    if (tiles == 1) return together<kRows>(first, count, into, pitch, tiles);
+    if (tiles <= 3) return together<2>(first, count, into, pitch, tiles);
+    together<1>(first, count, into, pitch, tiles);
   }
 
-  template <int R, int T>
-  QTP_INLINE void block(const W* const* rows, size_t t, float* into, size_t pitch) const {
+  // One token: row after row, so that memory sees a single stream.
+  QTP_INLINE void one_by_one(size_t first, size_t count, float* into) const {
+    F acc[kMostLeaves * kBlock];  // [leaf][row]
+    for (size_t r = 0; r < kBlock; ++r) {
+      const W* row = static_cast<const W*>(linear.weight) + (first + (r < count ? r : count - 1)) * linear.stride;
+      const X* from = x;
+      for (int leaf = 0; leaf < linear.leaves; ++leaf) {
+        const size_t cut = linear.cuts[leaf], length = linear.cuts[leaf + 1] - cut;
+        const W* here = row + cut;
+        F sum = {};
+        if (r < count) multiply<Op, 1, 1>(&here, from, 0, length, &sum, [] {});
+        acc[size_t(leaf) * kBlock + r] = sum;
+        from += padded<Op>(length);
+      }
+    }
+    float parts[kMostLeaves * kBlock];
+    for (int leaf = 0; leaf < linear.leaves; ++leaf) sums_of<kBlock>(acc + size_t(leaf) * kBlock, parts + size_t(leaf) * kBlock);
+    if (linear.leaves > 1) add_leaves(parts, linear.leaves, kBlock);
+    __builtin_memcpy(into, parts, kBlock * sizeof(float));
+  }
+
+  // More tokens: kRows rows at a time with about as many tokens in each of some tiles, while memory is asked for the next rows.
+  template <int Lines>
+  QTP_INLINE void together(size_t first, size_t count, float* into, size_t pitch, size_t tiles) const {
+    const W* weight = static_cast<const W*>(linear.weight);
+    for (size_t r = 0; r < count; r += kRows) {
+      const W* each[kRows];
+#pragma GCC unroll 8
+      for (size_t i = 0; i < kRows; ++i) each[i] = weight + (first + (r + i < count ? r + i : count - 1)) * linear.stride;
+      const W* next = each[0] + kRows * linear.stride;
+      Coming<Lines> coming{reinterpret_cast<const char*>(next), reinterpret_cast<const char*>(next + kRows * linear.stride)};
+      for (size_t tile = 0, t = 0; tile < tiles; ++tile) {
+        const size_t here = tokens / tiles + (tile < tokens % tiles);
+        block_of<kTokens>(here, each, t, into + r, pitch, coming);
+        t += here;
+      }
+    }
+  }
+
+  template <int T, class Coming>
+  QTP_INLINE void block_of(size_t here, const W* const* rows, size_t t, float* into, size_t pitch, Coming& coming) const {
+    if constexpr (T > 0) {
+      if (here == T) return block<T>(rows, t, into, pitch, coming);
+      block_of<T - 1>(here, rows, t, into, pitch, coming);
+    }
+  }
+
+  template <int T, class Coming>
+  QTP_INLINE void block(const W* const* rows, size_t t, float* into, size_t pitch, Coming& coming) const {
+    constexpr int R = kRows;
     float parts[kMostLeaves * R * T];
     const X* from = x + t * x_stride;
     for (int leaf = 0; leaf < linear.leaves; ++leaf) {
@@ -154,38 +197,15 @@ struct Runner {
       const W* here[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) here[r] = rows[r] + cut;
-      tile<Op, R, T>(here, from, x_stride, length, parts + leaf * R * T);
+      F acc[R * T] = {};
+      multiply<Op, R, T>(here, from, x_stride, length, acc, [&]() __attribute__((always_inline)) { coming.go(); });
+      all_sums<R * T>(acc, parts + leaf * R * T);
       from += padded<Op>(length);
     }
     if (linear.leaves > 1) add_leaves(parts, linear.leaves, R * T);
 #pragma GCC unroll 8
-    for (int i = 0; i < T; ++i)
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) into[(t + size_t(i)) * pitch + size_t(r)] = parts[i * R + r];
+    for (size_t i = 0; i < T; ++i) __builtin_memcpy(into + (t + i) * pitch, parts + i * R, R * sizeof(float));
   }
-
-  // Rows first .. first + count - 1 (count <= kBlock) with all tokens: into[t * pitch + r]; more may be written, up to kBlock.
-  void rows(size_t first, size_t count, float* into, size_t pitch) const {
-    const W* weight = static_cast<const W*>(linear.weight);
-    const auto walk = [&](auto size) {
-      constexpr int R = decltype(size)::value;
-      for (size_t r = 0; r < count; r += R) {
-        const W* each[R];
-#pragma GCC unroll 8
-        for (size_t i = 0; i < R; ++i) each[i] = weight + (first + (r + i < count ? r + i : count - 1)) * linear.stride;
-        sums_of<R>(each, into + r, pitch);
-      }
-    };
-    if (tokens <= (QTP_AVX512 ? 3 : 1))
-      walk(Number<QTP_AVX512 ? 8 : 4>{});
-    else
-      walk(Number<kRows>{});
-  }
-
-  template <int N>
-  struct Number {
-    static constexpr int value = N;
-  };
 
   // Memory for a block of tokens that lie ready, in elements of X, and how one of them is laid there.
   static QTP_INLINE size_t room(const Linear& linear, size_t tokens) { return prepared_length<Op>(linear) * tokens; }
@@ -222,6 +242,7 @@ QTP_INLINE void for_tokens(const Linear& linear, const void* x_, size_t tokens, 
   using X = typename Runner::X;
   const typename E::stored* x = static_cast<const typename E::stored*>(x_);
   const bool ready = Runner::ready(linear);
+  constexpr size_t kUnit = Runner::kUnit;
   size_t block = kCacheBytes / (linear.k * sizeof(X) + 1) / kUnit * kUnit;
   block = block > kMostTokens ? kMostTokens : block < kUnit ? kUnit : block;
   block = block > tokens ? tokens : block;

@@ -5,6 +5,7 @@ struct Tiles {
   using X = uint32_t;
   static constexpr size_t kSide = 16, kStep = 32;
   static constexpr size_t kBlock = 2 * kSide;
+  static constexpr size_t kUnit = 96;
   static constexpr size_t kTile = kSide * kSide;
   static constexpr size_t kFetched = 64 * 1024;  // bytes of 16 rows; longer ones the processor fetches better by itself
 

@@ -45,30 +45,56 @@ QTP_INLINE float sum(F x) {
 #endif
 }
 
-// sum(x[0]), ..., sum(x[15])
-QTP_INLINE F sums(const F* x) {
 #if QTP_AVX512
-  const __m512i low8 = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-  const __m512i low4 = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
-  const __m512i low2 = _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29);
-  const __m512i low1 = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const auto halve = [](__m512 a, __m512 b, __m512i low, int width) __attribute__((always_inline)) {
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(width));
-    return _mm512_add_ps(_mm512_permutex2var_ps(a, low, b), _mm512_permutex2var_ps(a, high, b));
-  };
-  __m512 y[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) y[i] = halve((__m512)x[2 * i], (__m512)x[2 * i + 1], low8, 8);
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) y[i] = halve(y[2 * i], y[2 * i + 1], low4, 4);
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) y[i] = halve(y[2 * i], y[2 * i + 1], low2, 2);
-  return (F)halve(y[0], y[1], low1, 1);
-#else
-  float y[kLanes];
-  for (size_t i = 0; i < kLanes; ++i) y[i] = sum(x[i]);
-  return read<F>(y);
+// The sums of lanes that are `width` apart, of a and of b, by turns.
+template <int width>
+QTP_INLINE F halve(F a, F b) {
+  static constexpr int kLow[4][16] = {{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30},
+                                      {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29},
+                                      {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27},
+                                      {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}};
+  const __m512i low = _mm512_loadu_si512(kLow[width == 8 ? 3 : width / 2]);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(width));
+  return (F)_mm512_add_ps(_mm512_permutex2var_ps((__m512)a, low, (__m512)b), _mm512_permutex2var_ps((__m512)a, high, (__m512)b));
+}
 #endif
+
+// out[i] = sum(x[i]) for i < N; N is 16, or 8 or 4 with AVX512.
+template <int N>
+QTP_INLINE void sums_of(const F* x, float* out) {
+#if QTP_AVX512
+  F y[N / 2];  // two vectors become one, with the sums of lanes that are 8 apart of both, then 4 apart, ...
+#pragma GCC unroll 8
+  for (int i = 0; i < N / 2; ++i) y[i] = halve<8>(x[2 * i], x[2 * i + 1]);
+#pragma GCC unroll 4
+  for (int i = 0; i < N / 4; ++i) y[i] = halve<4>(y[2 * i], y[2 * i + 1]);
+  if constexpr (N >= 8) {
+#pragma GCC unroll 2
+    for (int i = 0; i < N / 8; ++i) y[i] = halve<2>(y[2 * i], y[2 * i + 1]);
+  } else {
+    y[0] = halve<2>(y[0], y[0]);
+  }
+  y[0] = halve<1>(y[0], y[N >= 16 ? 1 : 0]);
+  __builtin_memcpy(out, &y[0], N * sizeof(float));
+#else
+  for (int i = 0; i < N; ++i) out[i] = sum(x[i]);
+#endif
+}
+
+// out[i] = sum(x[i]) for i < N, which is a multiple of 4 with AVX512.
+template <int N>
+QTP_INLINE void all_sums(const F* x, float* out) {
+  constexpr int least = QTP_AVX512 ? 4 : 1;
+  if constexpr (N >= 16) {
+    sums_of<16>(x, out);
+    all_sums<N - 16>(x + 16, out + 16);
+  } else if constexpr (N >= 8) {
+    sums_of<8>(x, out);
+    all_sums<N - 8>(x + 8, out + 8);
+  } else if constexpr (N >= least) {
+    sums_of<least>(x, out);
+    all_sums<N - least>(x + least, out + least);
+  }
 }
 
 QTP_INLINE float largest(F x) {
