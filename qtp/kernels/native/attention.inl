@@ -194,7 +194,72 @@ struct Memory {
   }
 };
 
+// The right factor of a product, in vectors of words: that of index i in column c is at [i * stride + c * apart].
+template <class Word>
+struct Right {
+  const Word* at;
+  size_t stride, apart;
+};
+
+// Of R rows x with C columns: to[r * to_stride + 16 c ...] is the sum over i < count of x[r * x_stride + i] * y[i], in order.
+// Kernel::add multiplies a word of x with the words of a vector and adds.
+template <class Kernel, int R, int C>
+QTP_INLINE void product(const typename Kernel::Word* x, size_t x_stride, Right<typename Kernel::Word> y, size_t count, float* to,
+                        size_t to_stride) {
+  F acc[R * C] = {};
+  for (size_t i = 0; i < count; ++i) {
+    F other[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) other[c] = read<F>(y.at + size_t(c) * y.apart + i * y.stride);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) acc[r * C + c] = Kernel::add(acc[r * C + c], x[size_t(r) * x_stride + i], other[c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) write(to + size_t(r) * to_stride + size_t(c) * kLanes, acc[r * C + c]);
+}
+
+constexpr int kProductRows = QTP_AVX512 ? 6 : 4;  // with so many columns their sums stay in registers
+constexpr int kProductColumns = QTP_AVX512 ? 4 : 1;
+
+template <class Kernel, int R, int C>
+QTP_INLINE void product_of(size_t rows, const typename Kernel::Word* x, size_t x_stride, Right<typename Kernel::Word> y, size_t count,
+                           float* to, size_t to_stride) {
+  if constexpr (R > 0) {
+    if (rows == R) return product<Kernel, R, C>(x, x_stride, y, count, to, to_stride);
+    product_of<Kernel, R - 1, C>(rows, x, x_stride, y, count, to, to_stride);
+  }
+}
+
+template <class Kernel, int C>
+QTP_INLINE void products_of(const typename Kernel::Word* x, size_t x_stride, Right<typename Kernel::Word>& y, size_t count, float*& to,
+                            size_t to_stride, size_t rows, size_t& columns) {
+  const size_t parts = (rows + kProductRows - 1) / kProductRows;
+  for (; columns >= C; columns -= C, y.at += C * y.apart, to += C * kLanes)
+    for (size_t part = 0, r = 0; part < parts; ++part) {
+      const size_t here = rows / parts + (part < rows % parts);
+      product_of<Kernel, kProductRows, C>(here, x + r * x_stride, x_stride, y, count, to + r * to_stride, to_stride);
+      r += here;
+    }
+}
+
+// As `product`, of any number of rows and columns.
+template <class Kernel>
+void products(const typename Kernel::Word* x, size_t x_stride, Right<typename Kernel::Word> y, size_t count, float* to,
+              size_t to_stride, size_t rows, size_t columns) {
+  products_of<Kernel, kProductColumns>(x, x_stride, y, count, to, to_stride, rows, columns);
+  if constexpr (kProductColumns > 2) products_of<Kernel, 2>(x, x_stride, y, count, to, to_stride, rows, columns);
+  if constexpr (kProductColumns > 1) products_of<Kernel, 1>(x, x_stride, y, count, to, to_stride, rows, columns);
+}
+
 #include "attention_floats.inl"
+#if QTP_BF16
+#include "attention_pairs.inl"
+#endif
 #if QTP_AMX
 #include "attention_amx.inl"
 #endif
@@ -305,6 +370,8 @@ constexpr AttentionTable table() {
 
 #if QTP_AMX
 using BF16Kernel = Tiles;
+#elif QTP_BF16
+using BF16Kernel = Pairs;
 #else
 using BF16Kernel = Floats<BF16>;
 #endif

@@ -41,8 +41,8 @@ struct Tiles {
         __m512i x[kTile];
         Place place(unit, first);
         for (size_t r = 0; r < kTile; ++r, place.next())
-          x[r] = first + r < unit.rows ? load(query<BF16>(call, unit, place) + i, own - i) : _mm512_setzero_si512();
-        turn_over<16>(x);
+          x[r] = first + r < unit.rows ? load_pairs(query<BF16>(call, unit, place) + i, own - i) : _mm512_setzero_si512();
+        turn_words<16>(x);
         uint32_t* to = queries + first * width / 2 + i / kStep * kTileWords;
         for (size_t pair = 0; pair < kLanes; ++pair) _mm512_store_si512(to + pair * kLanes, x[pair]);
       }
@@ -50,39 +50,6 @@ struct Tiles {
 
   ~Tiles() { _tile_release(); }
   Tiles(const Tiles&) = delete;
-
-  // 32 elements, or the first n < 32 and zeros.
-  static QTP_INLINE __m512i load(const uint16_t* x, size_t n) {
-    return n >= kStep ? read<__m512i>(x) : _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), x);
-  }
-
-  // W vectors of [16 / W columns][W rows] become W rows of 16 columns.
-  template <int W>
-  static QTP_INLINE void turn_over(__m512i* x) {
-    if constexpr (W > 1) {
-      static constexpr struct Lanes {
-        int at[2][16] = {};
-        constexpr Lanes() {
-          for (int half = 0; half < 2; ++half)
-            for (int i = 0; i < 16; ++i) {
-              const int column = i / (W / 2), row = i % (W / 2) + half * (W / 2), columns = 16 / W;
-              at[half][i] = column % columns * W + row + (column < columns ? 0 : 16);
-            }
-        }
-      } lanes;
-      const __m512i low = _mm512_loadu_si512(lanes.at[0]), high = _mm512_loadu_si512(lanes.at[1]);
-      __m512i y[W];
-#pragma GCC unroll 8
-      for (int i = 0; i < W / 2; ++i) {
-        y[i] = _mm512_permutex2var_epi32(x[2 * i], low, x[2 * i + 1]);
-        y[W / 2 + i] = _mm512_permutex2var_epi32(x[2 * i], high, x[2 * i + 1]);
-      }
-      turn_over<W / 2>(y);
-      turn_over<W / 2>(y + W / 2);
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) x[i] = y[i];
-    }
-  }
 
   void prepare(size_t partition) {
     begin = partition * kPartition;
@@ -97,7 +64,7 @@ struct Tiles {
       distances[first / kLanes] = (here ? a.kv_heads * own : width) * sizeof(uint16_t);
       for (size_t j = first; j < first + kLanes && !here; ++j)
         for (size_t i = 0; i < width; i += kStep)
-          _mm512_store_si512(copied + j * width + i, j < count ? load(k + offsets[j] + i, own - i) : _mm512_setzero_si512());
+          _mm512_store_si512(copied + j * width + i, j < count ? load_pairs(k + offsets[j] + i, own - i) : _mm512_setzero_si512());
     }
     const uint16_t* v = static_cast<const uint16_t*>(call.values);
     for (size_t step = 0; step * kStep < count; ++step)
@@ -105,11 +72,10 @@ struct Tiles {
         const size_t j = step * kStep + pair;
         if (pair % 4 == 0) ahead.go(ahead.share / 64);
         for (size_t i = 0; i < width; i += kStep) {
-          const __m512i x = j < count ? load(v + offsets[j] + i, own - i) : _mm512_setzero_si512();
-          const __m512i y = j + kLanes < count ? load(v + offsets[j + kLanes] + i, own - i) : _mm512_setzero_si512();
+          const __m512i x = j < count ? load_pairs(v + offsets[j] + i, own - i) : _mm512_setzero_si512();
+          const __m512i y = j + kLanes < count ? load_pairs(v + offsets[j + kLanes] + i, own - i) : _mm512_setzero_si512();
           uint32_t* to = values + (step * width + i) * kLanes + pair * kLanes;
-          _mm512_store_si512(to, _mm512_mask_blend_epi16(0xAAAAAAAAu, x, _mm512_slli_epi32(y, 16)));
-          _mm512_store_si512(to + kTileWords, _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(x, 16), y));
+          pair_up(x, y, to, to + kTileWords);
         }
       }
   }
@@ -231,7 +197,7 @@ struct Tiles {
         sums[i % apart] += (F)_mm512_and_si512(left, high_halves) + (F)_mm512_and_si512(right, high_halves);
         x[i] = _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(left, 16), right);
       }
-      turn_over<W>(x);
+      turn_words<W>(x);
 #pragma GCC unroll 16
       for (size_t r = 0; r < W; ++r) _mm512_store_si512(powers + step * kTileWords + r * kLanes, x[r]);
     }
@@ -284,15 +250,5 @@ struct Tiles {
       run_rows<4>(first, rows, most, total, out);
   }
 
-  // Of each 32 elements the even ones come first.
-  static QTP_INLINE void put(const float* out, float scale, size_t width, uint16_t* to) {
-    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    for (size_t i = 0; i < width; i += kStep) {
-      const __m512 even = _mm512_loadu_ps(out + i), odd = _mm512_loadu_ps(out + i + kLanes);
-      store_up_to<BF16>(to + i, (F)_mm512_permutex2var_ps(even, low, odd) * scale, width - i);
-      if (width - i > kLanes)
-        store_up_to<BF16>(to + i + kLanes, (F)_mm512_permutex2var_ps(even, high, odd) * scale, width - i - kLanes);
-    }
-  }
+  static QTP_INLINE void put(const float* out, float scale, size_t width, uint16_t* to) { put_split(out, scale, width, to); }
 };

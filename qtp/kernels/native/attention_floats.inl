@@ -4,8 +4,8 @@ template <class E_>
 struct Floats {
   using E = E_;
   using Stored = typename E::stored;
-  static constexpr int kRows = 4;
-  static constexpr int kColumns = QTP_AVX512 ? 2 : 1;  // vectors, with kRows rows, whose sums stay in registers
+  using Word = float;
+  static QTP_INLINE F add(F acc, float left, F right) { return fma(all(left), right, acc); }
 
   const Call& call;
   const Unit& unit;
@@ -92,52 +92,11 @@ struct Floats {
         write(values + j * width + i, j < count ? load_up_to<E>(v + offsets[j] + i, own - i) : F{});
   }
 
-  // The right factor of a product: element i of vector c is at [i * stride + c * apart].
-  struct Right {
-    const float* at;
-    size_t stride, apart;
-  };
-
-  // Of R rows x with C vectors: to[r * to_stride + ...] is the sum over i < count of x[r * x_stride + i] * y[i].
-  template <int R, int C>
-  static QTP_INLINE void product(const float* x, size_t x_stride, Right y, size_t count, float* to, size_t to_stride) {
-    F acc[R * C] = {};
-    for (size_t i = 0; i < count; ++i) {
-      F other[C];
-#pragma GCC unroll 2
-      for (int c = 0; c < C; ++c) other[c] = read<F>(y.at + size_t(c) * y.apart + i * y.stride);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-        for (int c = 0; c < C; ++c) acc[r * C + c] = fma(all(x[size_t(r) * x_stride + i]), other[c], acc[r * C + c]);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-      for (int c = 0; c < C; ++c) write(to + size_t(r) * to_stride + size_t(c) * kLanes, acc[r * C + c]);
-  }
-
-  template <int C>
-  static QTP_INLINE void column(const float* x, size_t x_stride, Right y, size_t count, float* to, size_t to_stride,
-                                size_t rows) {
-    size_t r = 0;
-    for (; r + kRows <= rows; r += kRows) product<kRows, C>(x + r * x_stride, x_stride, y, count, to + r * to_stride, to_stride);
-    for (; r < rows; ++r) product<1, C>(x + r * x_stride, x_stride, y, count, to + r * to_stride, to_stride);
-  }
-
-  static void products(const float* x, size_t x_stride, Right y, size_t count, float* to, size_t to_stride, size_t rows,
-                       size_t vectors) {
-    size_t c = 0;
-    for (; c + kColumns <= vectors; c += kColumns, y.at += kColumns * y.apart)
-      column<kColumns>(x, x_stride, y, count, to + c * kLanes, to_stride, rows);
-    for (; c < vectors; ++c, y.at += y.apart) column<1>(x, x_stride, y, count, to + c * kLanes, to_stride, rows);
-  }
-
   void run(size_t first, float* most, float* total, float* out) const {
     const size_t rows = smaller_of(kTile, unit.rows - first);
     const Sight sight(call, unit, first, rows, begin);
     const size_t room = round_up(sight.stop(), kLanes);
-    products(queries + first * width, width, {keys, kLanes, kLanes * width}, width, scores, kPartition, rows, room / kLanes);
+    products<Floats>(queries + first * width, width, {keys, kLanes, kLanes * width}, width, scores, kPartition, rows, room / kLanes);
     const float scale = kLog2E / __builtin_sqrtf(float(call.attention.width));
     const I lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (size_t r = 0; r < rows; ++r) {
@@ -158,7 +117,7 @@ struct Floats {
       }
       total[r] = sight.none(r) ? 0.0f : sum(sums);
     }
-    products(scores, kPartition, {values, width, kLanes}, room, out, width, rows, width / kLanes);
+    products<Floats>(scores, kPartition, {values, width, kLanes}, room, out, width, rows, width / kLanes);
   }
 
   static QTP_INLINE void put(const float* out, float scale, size_t width, Stored* to) {

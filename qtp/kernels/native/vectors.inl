@@ -45,36 +45,30 @@ QTP_INLINE float sum(F x) {
 #endif
 }
 
-#if QTP_AVX512
-// The sums of lanes that are `width` apart, of a and of b, by turns.
-template <int width>
-QTP_INLINE F halve(F a, F b) {
-  static constexpr int kLow[4][16] = {{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30},
-                                      {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29},
-                                      {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27},
-                                      {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}};
-  const __m512i low = _mm512_loadu_si512(kLow[width == 8 ? 3 : width / 2]);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(width));
-  return (F)_mm512_add_ps(_mm512_permutex2var_ps((__m512)a, low, (__m512)b), _mm512_permutex2var_ps((__m512)a, high, (__m512)b));
-}
-#endif
-
 // out[i] = sum(x[i]) for i < N; N is 16, or 8 or 4 with AVX512.
 template <int N>
 QTP_INLINE void sums_of(const F* x, float* out) {
 #if QTP_AVX512
-  F y[N / 2];  // two vectors become one, with the sums of lanes that are 8 apart of both, then 4 apart, ...
+  // Two vectors become one, with the sums of lanes that are 8 apart of both, then 4, 2 and 1. So the first of 16 come to be in
+  // lanes 0, 4, 8 and 12, the next four in lanes 1, 5, 9 and 13, ...: they are taken in such an order that lane i has the sum of x[i].
+  constexpr int side = N / 4;
+  __m512 y[N];
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) y[i] = (__m512)x[side * (i % 4) + i / 4];
 #pragma GCC unroll 8
-  for (int i = 0; i < N / 2; ++i) y[i] = halve<8>(x[2 * i], x[2 * i + 1]);
+  for (int i = 0; i < N / 2; ++i)
+    y[i] = _mm512_add_ps(_mm512_shuffle_f32x4(y[2 * i], y[2 * i + 1], 0x44), _mm512_shuffle_f32x4(y[2 * i], y[2 * i + 1], 0xEE));
 #pragma GCC unroll 4
-  for (int i = 0; i < N / 4; ++i) y[i] = halve<4>(y[2 * i], y[2 * i + 1]);
-  if constexpr (N >= 8) {
+  for (int i = 0; i < N / 4; ++i)
+    y[i] = _mm512_add_ps(_mm512_shuffle_f32x4(y[2 * i], y[2 * i + 1], 0x88), _mm512_shuffle_f32x4(y[2 * i], y[2 * i + 1], 0xDD));
+  const auto next = [&](int i) __attribute__((always_inline)) { return (__m512d)y[N >= 8 ? i + 1 : i]; };
 #pragma GCC unroll 2
-    for (int i = 0; i < N / 8; ++i) y[i] = halve<2>(y[2 * i], y[2 * i + 1]);
-  } else {
-    y[0] = halve<2>(y[0], y[0]);
-  }
-  y[0] = halve<1>(y[0], y[N >= 16 ? 1 : 0]);
+  for (int i = 0; i < (N + 7) / 8; ++i)
+    y[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd((__m512d)y[2 * i], next(2 * i)), (__m512)_mm512_unpackhi_pd((__m512d)y[2 * i], next(2 * i)));
+  const __m512 last = y[N >= 16 ? 1 : 0];
+  y[0] = _mm512_add_ps(_mm512_shuffle_ps(y[0], last, 0x88), _mm512_shuffle_ps(y[0], last, 0xDD));
+  if constexpr (N == 8) y[0] = _mm512_permutexvar_ps(_mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 0, 0, 0, 0, 0, 0, 0, 0), y[0]);
+  if constexpr (N == 4) y[0] = _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), y[0]);
   __builtin_memcpy(out, &y[0], N * sizeof(float));
 #else
   for (int i = 0; i < N; ++i) out[i] = sum(x[i]);
