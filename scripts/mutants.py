@@ -2,7 +2,7 @@
 
 A mutant is a list of replacements, each of which must find its text exactly once. It is applied to a copy of the tree; the
 tests named with it run there and must fail. A mutant that survives, or whose text is no longer found, ends this script with
-exit code 1.
+exit code 1. Mutants of code for an instruction set that this processor lacks are named and left out.
 """
 
 import argparse
@@ -14,12 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from qtp.kernels.extension import native
+
 ROOT = Path(__file__).parents[1]
 COPIED = ("collectives", "launch", "qtp", "tests", "scripts", "pyproject.toml", "setup.py")
 PARITY = ("tests/loopback/test_parity.py",)
 BATCHING = ("tests/loopback/test_batching.py",)
 DETERMINISTIC = ("tests/loopback/test_deterministic.py",)
 KERNEL_TESTS = ("tests/unit/test_native_kernels.py",)
+ATTENTION_TESTS = ("tests/unit/test_native_attention.py",)
 LAYOUT = ("tests/unit/test_layout.py",)
 SHM = ("tests/conformance/test_shm.py",)
 PROCESSES = "tests/conformance/test_processes.py::test_backend[{}]"
@@ -42,13 +45,16 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
+    """isa: the instruction set without which the changed code does not run; see `native.isas`."""
+
     name: str
     changes: tuple[Change, ...]
     tests: tuple[str, ...] = PARITY
+    isa: str = "baseline"
 
 
-def mutant(name: str, file: str, old: str, new: str, tests: tuple[str, ...] = PARITY) -> Mutant:
-    return Mutant(name, (Change(file, old, new),), tests)
+def mutant(name: str, file: str, old: str, new: str, tests: tuple[str, ...] = PARITY, isa: str = "baseline") -> Mutant:
+    return Mutant(name, (Change(file, old, new),), tests, isa)
 
 
 QWEN2, MOE_MODEL, MOE = "qtp/models/qwen2.py", "qtp/models/qwen2_moe.py", "qtp/layers/moe.py"
@@ -56,6 +62,7 @@ SPLIT, BATCH, EMBED = "qtp/layout/split.py", "qtp/batch.py", "qtp/layers/embeddi
 SAMPLING, ATTENTION, SCHEDULER = "qtp/worker/sampling.py", "qtp/attention/torch_backend.py", "qtp/engine/scheduler.py"
 ENGINE, ROPE, LOADER = "qtp/engine/engine.py", "qtp/layers/rope.py", "qtp/weights/loader.py"
 TREE = "collectives/tree.py"
+ISAS = native.isas() if native is not None else ()
 
 MUTANTS = (
     mutant("the reduce after attention dropped", QWEN2, "self.reduce(self.attention(x_TD, plan))",
@@ -158,19 +165,29 @@ MUTANTS = (
     mutant("leaves of a sum added one after the other", KERNELS + "linear.inl", "for (int step = 1; step < leaves; step *= 2)\n"
            "    for (int leaf = 0; leaf + step < leaves; leaf += 2 * step)",
            "for (int step = 1; step < leaves; step += 1)\n    for (int leaf = 0; leaf < 1; ++leaf)", KERNEL_TESTS),
-    mutant("a leaf begins where the one before began", KERNELS + "linear_amx.inl", "leaf<R, T>(w + cut,", "leaf<R, T>(w,", KERNEL_TESTS),
+    mutant("a leaf begins where the one before began", KERNELS + "linear_amx.inl", "leaf<R, T>(w + cut,", "leaf<R, T>(w,", KERNEL_TESTS, "amx"),
     mutant("a row's tail is multiplied with what lies behind it", KERNELS + "linear_amx.inl", "for (size_t j = i; j < length; ++j)",
-           "for (size_t j = i; j < i + kStep; ++j)", KERNEL_TESTS),
+           "for (size_t j = i; j < i + kStep; ++j)", KERNEL_TESTS, "amx"),
+    mutant("tokens that do not deal out evenly are left out", KERNELS + "linear.inl", "tokens / tiles + (tile < tokens % tiles)",
+           "tokens / tiles", KERNEL_TESTS),
+    mutant("sums come out in another order", KERNELS + "vectors.inl", "x[side * (i % 4) + i / 4]", "x[i]", KERNEL_TESTS, "avx512"),
+    mutant("keys behind the last one are seen", KERNELS + "attention_pairs.inl", "hide(unsure > sure ? unsure : sure, room);", "",
+           ATTENTION_TESTS, "avx512bf16"),
+    mutant("powers meet the values of the other key of a pair", KERNELS + "attention_pairs.inl",
+           "load(v, first + pair, i), load(v, first + pair + kLanes, i)", "load(v, first + pair + kLanes, i), load(v, first + pair, i)",
+           ATTENTION_TESTS, "avx512bf16"),
     mutant("the last rows of a weight are left out", KERNELS + "linear.cpp", "share(linear.outputs(), thread, count, kUnit)",
            "share(linear.outputs() / kUnit * kUnit, thread, count, kUnit)", KERNEL_TESTS),
     mutant("of equal logits the last one is taken", KERNELS + "linear.inl", "value[place] = y;\n  index[place] = i;",
            "value[place] = y;\n  index[place] = i + 1 - 1;\n  if (place > 0 && value[place - 1] == y) index[place - 1] = i;", KERNEL_TESTS),
     mutant("an expert's outputs go to the first tokens", KERNELS + "experts.cpp", "sums.get() + order.get()[i].token * width",
            "sums.get() + (i - at) * width", KERNEL_TESTS),
-    mutant("many tokens go to torch in deterministic runs too", "qtp/worker/worker.py", "NativeKernels(deterministic=config.deterministic)",
-           "NativeKernels()", DETERMINISTIC),
+    Mutant("many tokens go to torch in deterministic runs too", (
+        Change("qtp/worker/worker.py", "NativeKernels(deterministic=config.deterministic)", "NativeKernels()"),
+        Change("qtp/kernels/native_kernels.py", "_MANY[native.isas()[-1]]", "32"),
+    ), DETERMINISTIC),
     mutant("partitions of the context merged without their maxima", KERNELS + "attention.inl", "all(*next.most - most)",
-           "all(*next.most - *next.most)", ("tests/unit/test_native_attention.py",)),
+           "all(*next.most - *next.most)", ATTENTION_TESTS),
     mutant("a tie at the last candidate is left to chance", "qtp/kernels/torch_kernels.py", "    if len(tied):", "    if False:",
            ("tests/loopback/test_draws.py",)),
     mutant("the best are looked for beyond the tokenizer", SAMPLING, "best(plain, here, self.allowed_here)",
@@ -225,7 +242,11 @@ def main() -> int:
     p.add_argument("--only", default="", help="mutants whose name contains this")
     p.add_argument("--jobs", type=int, default=2)
     args = p.parse_args()
-    chosen = [m for m in MUTANTS if args.only in m.name]
+    named = [m for m in MUTANTS if args.only in m.name]
+    chosen = [m for m in named if m.isa in ISAS]
+    for m in named:
+        if m not in chosen:
+            print(f"left out  {m.name}: this processor has no {m.isa}")
     needed = tuple(sorted({test for m in chosen for test in m.tests}))
     if run_tests(ROOT, needed) != 0:
         print("the tests fail without any mutant; mend that first")

@@ -17,7 +17,7 @@ from qtp.kernels.extension import native, why_not
 from qtp.kernels.interface import Choose, Cuts, Expert, Experts, Head, Norm, Op
 
 # Tokens from which on torch's matrix product is faster; measured on 896 x 9728, 4864 x 896, 1536 x 17920 by 1 and 2 threads. With
-# AVX512 it is not: at 512 tokens in bfloat16 torch gains up to 5 % there, and loses more to norms and gates, which are fused here.
+# AVX512 it is not: at 512 tokens in bfloat16 it gains up to 3 % at best, and loses more to norms and gates, which are fused here.
 _MANY = {"amx": 128, "avx512bf16": sys.maxsize, "avx512": sys.maxsize, "avx2": 32, "baseline": 32}
 _TILE = 512  # tokens; what is larger comes as fresh memory from the system each time, which doubles the time of a product
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

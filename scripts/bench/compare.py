@@ -55,6 +55,7 @@ PEERS = {"qtp-tp1": (QTP, 1), "qtp-tp2": (QTP, 2), EXACT: (QTP, 2), "transformer
 PEERS |= {"vllm-tp1": (VLLM, 1), "vllm-tp2": (VLLM, 2)}
 NEEDS = {QTP: "torch", TRANSFORMERS: "transformers", LLAMA: "llama_cpp", VLLM: "vllm"}
 LIMIT = "limit"
+LONG = 16384  # a prompt that is measured on demand only: it takes a minute a turn
 IDLE_LIMIT, STRANGERS_LIMIT = 0.02, 0.1  # of a core
 QUIET_S, PATIENCE_S = 0.1, 5.0
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -79,7 +80,7 @@ class Case:
 
 
 def cases(new: int) -> dict[str, Case]:
-    decode = [(1, 128), (8, 128), (32, 128), (1, 2048)]
+    decode = [(1, 128), (8, 128), (32, 128), (1, 2048), (1, LONG)]
     prefill = [(8, 128), (1, 2048)]
     made = [Case(name=f"decode {b}x{n}", batch=b, length=n, new=new) for b, n in decode]
     made += [Case(name=f"prefill {b}x{n}", batch=b, length=n, new=1) for b, n in prefill]
@@ -361,7 +362,8 @@ def parse() -> argparse.Namespace:
         p.error("--rounds must be at least 1 and --new at least 2")
     if args.threads % 2 or not 0 < args.threads <= len(os.sched_getaffinity(0)):
         p.error(f"--threads {args.threads} must be even, and at most the {len(os.sched_getaffinity(0))} cores that may be used")
-    args.cases = [case for name, case in cases(args.new).items() if args.cases is None or name in args.cases]
+    known = cases(args.new)
+    args.cases = [case for name, case in known.items() if name in (args.cases or [n for n in known if known[n].length < LONG])]
     return args
 
 

@@ -169,8 +169,10 @@ struct Runner {
       const W* each[kRows];
 #pragma GCC unroll 8
       for (size_t i = 0; i < kRows; ++i) each[i] = weight + (first + (r + i < count ? r + i : count - 1)) * linear.stride;
-      const W* next = each[0] + kRows * linear.stride;
-      Coming<Lines> coming{reinterpret_cast<const char*>(next), reinterpret_cast<const char*>(next + kRows * linear.stride)};
+      // Only where nothing lies between rows: else they are few, or parts of rows that the processor fetches well by itself.
+      const size_t after = linear.rows - first - r > kRows && linear.stride == linear.k ? kRows * linear.stride : 0;
+      const W* next = each[0] + after;
+      Coming<Lines> coming{reinterpret_cast<const char*>(next), reinterpret_cast<const char*>(next + after)};
       for (size_t tile = 0, t = 0; tile < tiles; ++tile) {
         const size_t here = tokens / tiles + (tile < tokens % tiles);
         block_of<kTokens>(here, each, t, into + r, pitch, coming);
