@@ -170,6 +170,8 @@ MUTANTS = (
            "for (size_t j = i; j < i + kStep; ++j)", KERNEL_TESTS, "amx"),
     mutant("tokens that do not deal out evenly are left out", KERNELS + "linear.inl", "tokens / tiles + (tile < tokens % tiles)",
            "tokens / tiles", KERNEL_TESTS),
+    mutant("a piece of a long row forgets the pieces before", KERNELS + "linear.inl", "if (!piece.first)", "if (false)", KERNEL_TESTS),
+    mutant("odd elements keep the bits of their neighbours", KERNELS + "linear.inl", "words & 0xFFFF0000u", "words", KERNEL_TESTS),
     mutant("sums come out in another order", KERNELS + "vectors.inl", "x[side * (i % 4) + i / 4]", "x[i]", KERNEL_TESTS, "avx512"),
     mutant("keys behind the last one are seen", KERNELS + "attention_pairs.inl", "hide(unsure > sure ? unsure : sure, room);", "",
            ATTENTION_TESTS, "avx512bf16"),
@@ -184,7 +186,7 @@ MUTANTS = (
            "sums.get() + (i - at) * width", KERNEL_TESTS),
     Mutant("many tokens go to torch in deterministic runs too", (
         Change("qtp/worker/worker.py", "NativeKernels(deterministic=config.deterministic)", "NativeKernels()"),
-        Change("qtp/kernels/native_kernels.py", "_MANY[native.isas()[-1]]", "32"),
+        Change("qtp/kernels/native_kernels.py", "_MANY[native.isas()[-1]]", "(32,) * 3"),
     ), DETERMINISTIC),
     mutant("partitions of the context merged without their maxima", KERNELS + "attention.inl", "all(*next.most - most)",
            "all(*next.most - *next.most)", ATTENTION_TESTS),

@@ -16,9 +16,17 @@ from collectives.tree import tree_sum
 from qtp.kernels.extension import native, why_not
 from qtp.kernels.interface import Choose, Cuts, Expert, Experts, Head, Norm, Op
 
-# Tokens from which on torch's matrix product is faster; measured on 896 x 9728, 4864 x 896, 1536 x 17920 by 1 and 2 threads. With
-# AVX512 it is not: at 512 tokens in bfloat16 it gains up to 3 % at best, and loses more to norms and gates, which are fused here.
-_MANY = {"amx": 128, "avx512bf16": sys.maxsize, "avx512": sys.maxsize, "avx2": 32, "baseline": 32}
+# Tokens from which on torch's matrix product is faster, in float32, bfloat16, float16; measured on 896 x 9728, 4864 x 896, 1536 x
+# 17920 by 1 and 2 threads. With AVX512 it is not: at 512 tokens in bfloat16 it gains up to 3 % at best, and loses more to norms
+# and gates, which are fused here. With AVX2 it is in float32 (by 1.5 at 512 tokens), and takes 5 times as long in bfloat16.
+_NEVER = sys.maxsize
+_MANY = {
+    "amx": (128, 128, 128),
+    "avx512bf16": (_NEVER, _NEVER, _NEVER),
+    "avx512": (_NEVER, _NEVER, _NEVER),
+    "avx2": (64, _NEVER, _NEVER),
+    "baseline": (32, 32, 32),
+}
 _TILE = 512  # tokens; what is larger comes as fresh memory from the system each time, which doubles the time of a product
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -28,7 +36,7 @@ class NativeKernels:
 
     def __init__(self, *, deterministic: bool = False) -> None:
         assert why_not() is None, why_not()
-        self._many = sys.maxsize if deterministic else _MANY[native.isas()[-1]]
+        self._many = (_NEVER,) * 3 if deterministic else _MANY[native.isas()[-1]]
 
     @property
     def name(self) -> str:
@@ -36,14 +44,14 @@ class NativeKernels:
 
     def linear(self, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None, cuts: Cuts | None = None) -> Op:
         assert bias is None or cuts is None, "a bias would be added to one rank's leaves"
-        return _Linear(weight, bias, norm=norm, cuts=cuts, many=self._many)
+        return _Linear(weight, bias, norm=norm, cuts=cuts, many=self._many[_DTYPES[weight.dtype]])
 
     def linear_leaves(self, weight: Tensor, cuts: Cuts) -> Op:
         leaves = [_Linear(weight[:, a:b], cuts=(0, b - a)) for a, b in pairwise(cuts)]
         return lambda x: torch.stack([leaf(x[:, a:b]) for leaf, (a, b) in zip(leaves, pairwise(cuts), strict=True)])
 
     def gated(self, weight: Tensor, *, norm: Norm | None = None) -> Op:
-        return _Linear(weight, gated=True, norm=norm, many=self._many)
+        return _Linear(weight, gated=True, norm=norm, many=self._many[_DTYPES[weight.dtype]])
 
     def rms_norm(self, norm: Norm) -> Op:
         return lambda x: _normed(x, norm)
@@ -93,10 +101,10 @@ class _Linear:
         gated: bool = False,
         norm: Norm | None = None,
         cuts: Cuts | None = None,
-        many: int = sys.maxsize,
+        many: int = _NEVER,
     ) -> None:
         self._weight, self._bias, self._gated, self._norm = weight, bias, gated, norm
-        self._many = many if cuts is None and weight.shape[1] % 32 == 0 else sys.maxsize
+        self._many = many if cuts is None and weight.shape[1] % 32 == 0 else _NEVER
         self._outputs = weight.shape[0] // (2 if gated else 1)
         self._dtype = weight.dtype if cuts is None else torch.float32
         self._run = _handle(weight, bias, gated=gated, norm=norm, cuts=cuts).run

@@ -13,9 +13,9 @@ decode greedily, without prefix caching.
 Decode is in tokens a second of all sequences together, from when all of them have their first token until one has its last;
 prefill in prompt tokens a second, until all have their first token. The limit is taken in each turn of the rounds too: for decode
 the bytes a step must read (weights once, of routed experts those in use; KV of every sequence) at the speed of a plain read; for
-prefill its multiplications at the speed of a large bfloat16 matrix product. Figures are medians over rounds; "of limit" and
-"ratio" are medians of the ratios within each round, since the machine's own speed drifts between rounds. --picture draws from the
-JSON; scripts/bench/picture.py does so again.
+prefill its multiplications at the speed of a large matrix product, in bfloat16, or in float32 where that is faster. Figures are
+medians over rounds; "of limit" and "ratio" are medians of the ratios within each round, since the machine's own speed drifts
+between rounds. --picture draws from the JSON; scripts/bench/picture.py does so again.
 
 An engine that is not installed is left out with a line that says so. None is a dependency of this project:
 

@@ -242,7 +242,7 @@ PEERS: dict[str, Callable[[Settings], tuple[str, Run]]] = {
 
 def serve_limit(settings: Settings, reply: Callable[[dict[str, Any]], None]) -> None:
     """Answers each line with what the machine can do: the best of several plain reads of a block far larger than any cache (a
-    sum, and a product with a vector), and of several products of square bfloat16 matrices."""
+    sum, and a product with a vector), and of several products of square matrices, bfloat16 or float32: whichever is faster."""
     import torch
 
     torch.set_num_threads(settings.threads)
@@ -253,7 +253,6 @@ def serve_limit(settings: Settings, reply: Callable[[dict[str, Any]], None]) -> 
     advise(ctypes.c_void_p(block.data_ptr()), ctypes.c_size_t(block.numel() * 4), 14)  # MADV_HUGEPAGE
     block.fill_(1.0)
     vector = torch.ones(4096)
-    left, right = torch.ones(2, 4096, 4096, dtype=torch.bfloat16)
     reads: tuple[Callable[[], object], ...] = (block.sum, lambda: block @ vector)
 
     def best(calls: tuple[Callable[[], object], ...], repeats: int) -> float:
@@ -264,12 +263,17 @@ def serve_limit(settings: Settings, reply: Callable[[dict[str, Any]], None]) -> 
             times.append(time.perf_counter() - begin)
         return min(times)
 
-    reply(
-        {"about": f"{version('torch')}, {settings.threads} threads: a read of 1 GiB, a bfloat16 product of 4096 x 4096 matrices"}
-    )
+    def product_of(side: int, dtype: torch.dtype) -> Callable[[], object]:
+        left, right = torch.ones(2, side, side, dtype=dtype)
+        return lambda: torch.nn.functional.linear(left, right)
+
+    dtype = min((torch.bfloat16, torch.float32), key=lambda dtype: best((product_of(256, dtype),), 3))
+    product = product_of(4096, dtype)
+    name = str(dtype).removeprefix("torch.")
+    reply({"about": f"{version('torch')}, {settings.threads} threads: a read of 1 GiB, a {name} product of 4096 x 4096 matrices"})
     for _ in sys.stdin:
         read = block.numel() * 4 / best(reads, 4)
-        reply({"read": read, "product": 2 * 4096**3 / best((lambda: torch.nn.functional.linear(left, right),), 3)})
+        reply({"read": read, "product": 2 * 4096**3 / best((product,), 3)})
 
 
 def tokens_by(moment: float, times: list[float]) -> float:

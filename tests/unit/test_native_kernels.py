@@ -82,6 +82,22 @@ def test_linear_over_more_tokens_than_are_laid_out_at_once(isa: str) -> None:
         )
 
 
+def test_long_rows(isa: str) -> None:
+    """Rows that are taken in several pieces, in one leaf and in two."""
+    for random, generator, dtype in cases(12, 12):
+        rows, columns = random.randint(1, 40), random.choice([1024, 1025, 2300, 3333])
+        weight, x = strided(generator, rows, columns, dtype), strided(generator, 23, columns, dtype)
+        exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+        kernels = NativeKernels(deterministic=True)
+        assert_close(kernels.linear(weight)(x), exact, size, dtype)
+        leaves = kernels.linear(weight, cuts=(0, columns // 3, columns))
+        whole = leaves(x)
+        assert_close(whole, exact, size, torch.float32)
+        for start, stop in ((0, 1), (3, 5), (2, 7), (5, 18)):
+            assert torch.equal(leaves(x[start:stop]), whole[start:stop]), (dtype, rows, columns, start, stop)
+            assert torch.equal(kernels.linear(weight)(x[start:stop]), kernels.linear(weight)(x)[start:stop])
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_many_tokens(deterministic: bool) -> None:
     generator = torch.Generator().manual_seed(8)

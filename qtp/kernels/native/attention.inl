@@ -201,7 +201,7 @@ struct Right {
   size_t stride, apart;
 };
 
-// Of R rows x with C columns: to[r * to_stride + 16 c ...] is the sum over i < count of x[r * x_stride + i] * y[i], in order.
+// Of R rows x with C columns: to[r * to_stride + kLanes c ...] is the sum over i < count of x[r * x_stride + i] * y[i], in order.
 // Kernel::add multiplies a word of x with the words of a vector and adds.
 template <class Kernel, int R, int C>
 QTP_INLINE void product(const typename Kernel::Word* x, size_t x_stride, Right<typename Kernel::Word> y, size_t count, float* to,
@@ -223,8 +223,8 @@ QTP_INLINE void product(const typename Kernel::Word* x, size_t x_stride, Right<t
     for (int c = 0; c < C; ++c) write(to + size_t(r) * to_stride + size_t(c) * kLanes, acc[r * C + c]);
 }
 
-constexpr int kProductRows = QTP_AVX512 ? 6 : 4;  // with so many columns their sums stay in registers
-constexpr int kProductColumns = QTP_AVX512 ? 4 : 1;
+constexpr int kProductRows = QTP_AVX2 ? 6 : 4;  // with so many columns their sums stay in registers
+constexpr int kProductColumns = QTP_AVX512 ? 4 : 2;
 
 template <class Kernel, int R, int C>
 QTP_INLINE void product_of(size_t rows, const typename Kernel::Word* x, size_t x_stride, Right<typename Kernel::Word> y, size_t count,

@@ -73,7 +73,7 @@ struct Floats {
 #endif
   }
 
-  // keys: [16 keys][element][key]; values: [key][element]. What is behind the last that any row sees is 0.
+  // keys: [kLanes keys][element][key]; values: [key][element]. What is behind the last that any row sees is 0.
   void prepare(size_t partition) {
     begin = partition * kPartition;
     const size_t count = smaller_of(last_position(unit) + 1 - begin, kPartition), own = call.attention.width;
@@ -98,7 +98,8 @@ struct Floats {
     const size_t room = round_up(sight.stop(), kLanes);
     products<Floats>(queries + first * width, width, {keys, kLanes, kLanes * width}, width, scores, kPartition, rows, room / kLanes);
     const float scale = kLog2E / __builtin_sqrtf(float(call.attention.width));
-    const I lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    I lanes;
+    for (size_t i = 0; i < kLanes; ++i) lanes[i] = int32_t(i);
     for (size_t r = 0; r < rows; ++r) {
       float* row = scores + r * kPartition;
       F large = all(kMasked), sums = {};

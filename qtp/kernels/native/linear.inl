@@ -7,34 +7,74 @@ namespace {
 
 constexpr size_t kCacheBytes = 768 * 1024;    // of prepared tokens, to stay in a core's second cache
 constexpr size_t kMostTokens = 288;
-constexpr int kRows = QTP_AVX512 ? 4 : 2;     // a tile's rows of W and tokens, so that the sums stay in registers
-constexpr int kTokens = QTP_AVX512 ? 6 : 2;
 
-// How elements of W meet those of x: `step` products a time are added to the lanes of `acc`.
+// A tile's most tokens, and how many rows of W it has with so many: the sums stay in registers, and are enough to keep a core busy
+// while each of them waits for its last addition.
+constexpr int kTokens = QTP_AVX512 ? 6 : 5;
+constexpr int rows_with(size_t tokens) { return QTP_AVX512 || tokens <= 2 ? 4 : 2; }
+
+// How many lines of memory are asked for while a step of so many rows is computed: about as many as it uses.
+constexpr int lines_for(int rows) { return QTP_AVX512 ? rows : rows / 2; }
+
+// How elements of W meet those of x: `step` elements of a row at a time, of which each part of kLanes x gives one product to each
+// lane of `acc` (or two). `arrange` brings `length` elements of x, a multiple of `step`, into the order in which parts want them.
 template <class E>
 struct Floats {
   using W = typename E::stored;
   using X = float;
   using V = F;
   static constexpr size_t step = kLanes;
-  static QTP_INLINE V weight(const W* w) { return E::load(w); }
-  static QTP_INLINE V weight(const W* w, size_t n) { return load_some<E>(w, n); }
+  static constexpr int parts = 1;
+  static QTP_INLINE V weight(const W* w, int) { return E::load(w); }
+  static QTP_INLINE V weight(const W* w, int, size_t n) { return load_some<E>(w, n); }
   static QTP_INLINE V token(const X* x) { return read<F>(x); }
   static QTP_INLINE F add(F acc, V w, V x) { return fma(w, x, acc); }
   static QTP_INLINE void store(X* to, F x, size_t n) { store_up_to<F32>(to, x, n); }
+  static QTP_INLINE void arrange(X*, size_t) {}
+};
+
+// bfloat16 as words of two: the elements with even index are a shift away from floats, the odd ones a mask.
+struct Halves {
+  using W = uint16_t;
+  using X = float;
+  using V = F;
+  static constexpr size_t step = 2 * kLanes;
+  static constexpr int parts = 2;
+  static QTP_INLINE V half(U words, int part) { return (F)(part == 0 ? words << 16 : words & 0xFFFF0000u); }
+  static QTP_INLINE V weight(const W* w, int part) { return half(read<U>(w), part); }
+  static QTP_INLINE V weight(const W* w, int part, size_t n) {
+    W y[step] = {};
+    for (size_t i = 0; i < n; ++i) y[i] = w[i];
+    return weight(y, part);
+  }
+  static QTP_INLINE V token(const X* x) { return read<F>(x); }
+  static QTP_INLINE F add(F acc, V w, V x) { return fma(w, x, acc); }
+  static QTP_INLINE void store(X* to, F x, size_t n) { store_up_to<F32>(to, x, n); }
+  static QTP_INLINE void arrange(X* x, size_t length) {
+    I even, odd;
+    for (size_t i = 0; i < kLanes; ++i) even[i] = int32_t(2 * i), odd[i] = int32_t(2 * i + 1);
+    for (size_t i = 0; i < length; i += step) {
+      const F a = read<F>(x + i), b = read<F>(x + i + kLanes);
+      write(x + i, __builtin_shuffle(a, b, even));
+      write(x + i + kLanes, __builtin_shuffle(a, b, odd));
+    }
+  }
 };
 
 #if QTP_BF16
+// bfloat16 for instructions that multiply and add two at a time.
 struct Pairs {
   using W = uint16_t;
   using X = uint16_t;
   using V = __m512i;
   static constexpr size_t step = 2 * kLanes;
-  static QTP_INLINE V weight(const W* w) { return read<__m512i>(w); }
-  static QTP_INLINE V weight(const W* w, size_t n) { return _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), w); }
+  static constexpr int parts = 1;
+  static QTP_INLINE V weight(const W* w, int) { return read<__m512i>(w); }
+  static QTP_INLINE V weight(const W* w, int, size_t n) { return _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), w); }
   static QTP_INLINE V token(const X* x) { return read<__m512i>(x); }
   static QTP_INLINE F add(F acc, V w, V x) { return (F)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x); }
   static QTP_INLINE void store(X* to, F x, size_t n) { store_up_to<BF16>(to, x, n); }
+  static QTP_INLINE void arrange(X*, size_t) {}
 };
 #endif
 
@@ -50,7 +90,7 @@ QTP_INLINE size_t prepared_length(const Linear& linear) {
   return length;
 }
 
-// A token's x, or norm(x): x / sqrt(mean(x^2) + eps), rounded, times the weight, rounded. Calls put(i, 16 elements from i on) in the
+// A token's x, or norm(x): x / sqrt(mean(x^2) + eps), rounded, times the weight, rounded. Calls put(i, kLanes elements from i on) in the
 // order of the leaves, each padded with zeros.
 template <class Op, class E, class Put>
 QTP_INLINE void prepare(const Linear& linear, const typename E::stored* x, const Put& put) {
@@ -88,27 +128,27 @@ struct Coming {
 template <class Op, int R, int T, class Meanwhile>
 QTP_INLINE void multiply(const typename Op::W* const* rows, const typename Op::X* x, size_t x_stride, size_t length, F* acc,
                          const Meanwhile& meanwhile) {
-  typename Op::V w[R];
-  const auto step = [&](size_t i) __attribute__((always_inline)) {
+  const auto step = [&](size_t i, const auto& weight) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int part = 0; part < Op::parts; ++part) {
+      typename Op::V w[R];
+      if (part > 0) asm("" : "+r"(i));  // words are read again, for the sums need the registers
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-      const typename Op::V y = Op::token(x + size_t(t) * x_stride + i);
+      for (int r = 0; r < R; ++r) w[r] = weight(rows[r] + i, part);
+      if (part == 0) meanwhile();
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[t * R + r] = Op::add(acc[t * R + r], w[r], y);
+      for (int t = 0; t < T; ++t) {
+        const typename Op::V y = Op::token(x + size_t(t) * x_stride + i + size_t(part) * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) acc[t * R + r] = Op::add(acc[t * R + r], w[r], y);
+      }
     }
   };
+  using W = typename Op::W;
   size_t i = 0;
-  for (; i + Op::step <= length; i += Op::step) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) w[r] = Op::weight(rows[r] + i);
-    meanwhile();
-    step(i);
-  }
-  if (i < length) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) w[r] = Op::weight(rows[r] + i, length - i);
-    step(i);
-  }
+  for (; i + Op::step <= length; i += Op::step)
+    step(i, [](const W* w, int part) __attribute__((always_inline)) { return Op::weight(w, part); });
+  if (i < length) step(i, [&](const W* w, int part) __attribute__((always_inline)) { return Op::weight(w, part, length - i); });
 }
 
 // ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)), each of `width` numbers; the result is in the first.
@@ -123,21 +163,26 @@ template <class Op, class E>
 struct Runner {
   using W = typename Op::W;
   using X = typename Op::X;
-  static constexpr size_t kBlock = kLanes;  // outputs that are finished together
+  static constexpr size_t kBlock = 16;      // outputs that are finished together
   static constexpr size_t kUnit = kTokens;  // tokens: a multiple of what is taken at once
   static constexpr size_t kShort = 8192;    // bytes of a row, up to which a core reads rows one by one faster than some together
+  static constexpr size_t kPiece = 1024;    // elements of a row, of which a tile of tokens stays in the first cache
+  static constexpr size_t kSpare = QTP_AVX512 ? 0 : kBlock * (kLanes + kMostLeaves);  // floats a token that `rows` needs besides
 
   const Linear& linear;
   const X* x;
   size_t x_stride, tokens;
 
   // Rows first .. first + count - 1 (count <= kBlock) with all tokens: into[t * pitch + r]; more may be written, up to kBlock.
-  void rows(size_t first, size_t count, float* into, size_t pitch) const {
-    if (tokens == 1 && linear.k * sizeof(W) <= kShort) return one_by_one(first, count, into);
+  void rows(size_t first, size_t count, float* into, size_t pitch, float* spare) const {
+    if (QTP_AVX512 && tokens == 1 && linear.k * sizeof(W) <= kShort) return one_by_one(first, count, into);
+    constexpr int few = rows_with(2), more = rows_with(kTokens);
     const size_t tiles = (tokens + kTokens - 1) / kTokens;
-    if (tiles == 1) return together<kRows>(first, count, into, pitch, tiles);
-    if (tiles <= 3) return together<2>(first, count, into, pitch, tiles);
-    together<1>(first, count, into, pitch, tiles);
+    if (few != more && tokens <= 2) return together<few, 2, lines_for(few)>(first, count, into, pitch, tiles);
+    if (tiles == 1) return together<more, kTokens, lines_for(more)>(first, count, into, pitch, tiles);
+    if (!QTP_AVX512) return by_pieces(first, count, into, pitch, tiles, spare);
+    if (tiles <= 3) return together<more, kTokens, more / 2>(first, count, into, pitch, tiles);
+    together<more, kTokens, 1>(first, count, into, pitch, tiles);
   }
 
   // One token: row after row, so that memory sees a single stream.
@@ -156,42 +201,44 @@ struct Runner {
       }
     }
     float parts[kMostLeaves * kBlock];
-    for (int leaf = 0; leaf < linear.leaves; ++leaf) sums_of<kBlock>(acc + size_t(leaf) * kBlock, parts + size_t(leaf) * kBlock);
+    for (int leaf = 0; leaf < linear.leaves; ++leaf) all_sums<kBlock>(acc + size_t(leaf) * kBlock, parts + size_t(leaf) * kBlock);
     if (linear.leaves > 1) add_leaves(parts, linear.leaves, kBlock);
     __builtin_memcpy(into, parts, kBlock * sizeof(float));
   }
 
-  // More tokens: kRows rows at a time with about as many tokens in each of some tiles, while memory is asked for the next rows.
-  template <int Lines>
+  // So many of the tokens are in this one of some tiles.
+  QTP_INLINE size_t dealt(size_t tile, size_t tiles) const { return tokens / tiles + (tile < tokens % tiles); }
+
+  // R rows at a time with about as many tokens, at most T, in each of some tiles, while memory is asked for the next rows.
+  template <int R, int T, int Lines>
   QTP_INLINE void together(size_t first, size_t count, float* into, size_t pitch, size_t tiles) const {
     const W* weight = static_cast<const W*>(linear.weight);
-    for (size_t r = 0; r < count; r += kRows) {
-      const W* each[kRows];
+    for (size_t r = 0; r < count; r += R) {
+      const W* each[R];
 #pragma GCC unroll 8
-      for (size_t i = 0; i < kRows; ++i) each[i] = weight + (first + (r + i < count ? r + i : count - 1)) * linear.stride;
+      for (size_t i = 0; i < R; ++i) each[i] = weight + (first + (r + i < count ? r + i : count - 1)) * linear.stride;
       // Only where nothing lies between rows: else they are few, or parts of rows that the processor fetches well by itself.
-      const size_t after = linear.rows - first - r > kRows && linear.stride == linear.k ? kRows * linear.stride : 0;
+      const size_t after = linear.rows - first - r > R && linear.stride == linear.k ? R * linear.stride : 0;
       const W* next = each[0] + after;
       Coming<Lines> coming{reinterpret_cast<const char*>(next), reinterpret_cast<const char*>(next + after)};
       for (size_t tile = 0, t = 0; tile < tiles; ++tile) {
-        const size_t here = tokens / tiles + (tile < tokens % tiles);
-        block_of<kTokens>(here, each, t, into + r, pitch, coming);
+        const size_t here = dealt(tile, tiles);
+        block_of<R, T>(here, each, t, into + r, pitch, coming);
         t += here;
       }
     }
   }
 
-  template <int T, class Coming>
+  template <int R, int T, class Coming>
   QTP_INLINE void block_of(size_t here, const W* const* rows, size_t t, float* into, size_t pitch, Coming& coming) const {
     if constexpr (T > 0) {
-      if (here == T) return block<T>(rows, t, into, pitch, coming);
-      block_of<T - 1>(here, rows, t, into, pitch, coming);
+      if (here == T) return block<R, T>(rows, t, into, pitch, coming);
+      block_of<R, T - 1>(here, rows, t, into, pitch, coming);
     }
   }
 
-  template <int T, class Coming>
+  template <int R, int T, class Coming>
   QTP_INLINE void block(const W* const* rows, size_t t, float* into, size_t pitch, Coming& coming) const {
-    constexpr int R = kRows;
     float parts[kMostLeaves * R * T];
     const X* from = x + t * x_stride;
     for (int leaf = 0; leaf < linear.leaves; ++leaf) {
@@ -209,6 +256,68 @@ struct Runner {
     for (size_t i = 0; i < T; ++i) __builtin_memcpy(into + (t + i) * pitch, parts + i * R, R * sizeof(float));
   }
 
+  // A part of a leaf; whether it is the leaf's first, and its last.
+  struct Piece {
+    size_t at, length;
+    bool first, last;
+  };
+
+  // All rows with one tile of tokens after the other, and of a leaf one piece after the other. The sums of a leaf that has several
+  // wait in memory. So the order of additions is that of `together`.
+  void by_pieces(size_t first, size_t count, float* into, size_t pitch, size_t tiles, float* spare) const {
+    constexpr int R = rows_with(kTokens);
+    const W* each[kBlock];
+    for (size_t r = 0; r < kBlock; ++r)
+      each[r] = static_cast<const W*>(linear.weight) + (first + (r < count ? r : count - 1)) * linear.stride;
+    const size_t after = linear.rows - first > kBlock && linear.stride == linear.k ? kBlock * linear.stride : 0;
+    const W* next = each[0] + after;
+    Coming<1> coming{reinterpret_cast<const char*>(next), reinterpret_cast<const char*>(next + after)};
+    float* const parts = spare + tokens * kBlock * kLanes;  // [leaf][token][row]
+    const X* from = x;
+    for (int leaf = 0; leaf < linear.leaves; ++leaf) {
+      const size_t cut = linear.cuts[leaf], length = linear.cuts[leaf + 1] - cut;
+      float* to = parts + size_t(leaf) * tokens * kBlock;
+      size_t begin = 0;
+      do {
+        const size_t end = begin + kPiece < length ? begin + kPiece : length;
+        const Piece piece{cut + begin, end - begin, begin == 0, end == length};
+        for (size_t tile = 0, t = 0; tile < tiles; ++tile) {
+          const size_t here = dealt(tile, tiles);
+          for (size_t r = 0; r < count; r += R)
+            piece_of<R, kTokens>(here, piece, each + r, from + t * x_stride + begin, spare + (t * kBlock + r * here) * kLanes,
+                                 to + t * kBlock + r, coming);
+          t += here;
+        }
+        begin = end;
+      } while (begin < length);
+      from += padded<Op>(length);
+    }
+    if (linear.leaves > 1) add_leaves(parts, linear.leaves, tokens * kBlock);
+    for (size_t t = 0; t < tokens; ++t) __builtin_memcpy(into + t * pitch, parts + t * kBlock, kBlock * sizeof(float));
+  }
+
+  template <int R, int T, class Coming>
+  QTP_INLINE void piece_of(size_t here, const Piece& piece, const W* const* rows, const X* from, float* waiting, float* to,
+                           Coming& coming) const {
+    if constexpr (T > 0) {
+      if (here < T) return piece_of<R, T - 1>(here, piece, rows, from, waiting, to, coming);
+      const W* starts[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) starts[r] = rows[r] + piece.at;
+      F acc[R * T] = {};
+      if (!piece.first) __builtin_memcpy(acc, waiting, sizeof acc);
+      multiply<Op, R, T>(starts, from, x_stride, piece.length, acc, [&]() __attribute__((always_inline)) { coming.go(); });
+      if (!piece.last) {
+        __builtin_memcpy(waiting, acc, sizeof acc);
+        return;
+      }
+      float sums[R * T];
+      all_sums<R * T>(acc, sums);
+#pragma GCC unroll 8
+      for (size_t i = 0; i < T; ++i) __builtin_memcpy(to + i * kBlock, sums + i * R, R * sizeof(float));
+    }
+  }
+
   // Memory for a block of tokens that lie ready, in elements of X, and how one of them is laid there.
   static QTP_INLINE size_t room(const Linear& linear, size_t tokens) { return prepared_length<Op>(linear) * tokens; }
   static QTP_INLINE bool ready(const Linear& linear) {
@@ -218,27 +327,30 @@ struct Runner {
     const size_t length = prepared_length<Op>(linear);
     for (size_t t = 0; t < count; ++t)
       prepare<Op, E>(linear, x + t * x_stride, [&](size_t i, F y) { Op::store(to + t * length + i, y, kLanes); });
+    Op::arrange(to, count * length);
   }
 };
 
-// Outputs first .. first + count - 1 of all the runner's tokens, in float32, to got[t * kBlock ...]; `other` is as large.
+// Outputs first .. first + count - 1 of all the runner's tokens, in float32, to got[t * kBlock ...]; what for_tokens has got as
+// memory begins there.
 template <class Runner, class E>
-QTP_INLINE void outputs(const Runner& runner, size_t first, size_t count, float* got, float* other) {
+QTP_INLINE void outputs(const Runner& runner, size_t first, size_t count, float* got) {
   constexpr size_t pitch = Runner::kBlock;
   const Linear& linear = runner.linear;
-  runner.rows(first, count, got, pitch);
+  float *other = got + runner.tokens * pitch, *spare = other + runner.tokens * pitch;
+  runner.rows(first, count, got, pitch, spare);
   const typename E::stored* bias = static_cast<const typename E::stored*>(linear.bias);
   for (size_t i = 0; bias != nullptr && i < count; i += kLanes) {
     const F b = load_up_to<E>(bias + first + i, count - i);
     for (size_t t = 0; t < runner.tokens; ++t) write(got + t * pitch + i, read<F>(got + t * pitch + i) + b);
   }
   if (!linear.gated) return;
-  runner.rows(first + linear.rows / 2, count, other, pitch);
+  runner.rows(first + linear.rows / 2, count, other, pitch, spare);
   for (size_t t = 0; t < runner.tokens; ++t)
     for (size_t i = t * pitch; i < t * pitch + count; i += kLanes) write(got + i, silu(read<F>(got + i)) * read<F>(other + i));
 }
 
-// Calls each(runner, first token, memory for twice kBlock floats a token) for blocks of tokens that lie ready.
+// Calls each(runner, first token, memory for twice kBlock and kSpare floats a token) for blocks of tokens that lie ready.
 template <class Runner, class E, class Each>
 QTP_INLINE void for_tokens(const Linear& linear, const void* x_, size_t tokens, size_t x_stride, const Each& each) {
   using X = typename Runner::X;
@@ -248,7 +360,7 @@ QTP_INLINE void for_tokens(const Linear& linear, const void* x_, size_t tokens, 
   size_t block = kCacheBytes / (linear.k * sizeof(X) + 1) / kUnit * kUnit;
   block = block > kMostTokens ? kMostTokens : block < kUnit ? kUnit : block;
   block = block > tokens ? tokens : block;
-  const size_t floats = 2 * Runner::kBlock * block;
+  const size_t floats = (2 * Runner::kBlock + Runner::kSpare) * block;
   char* memory = static_cast<char*>(scratch(floats * sizeof(float) + (ready ? 0 : Runner::room(linear, block) * sizeof(X)) + 64));
   float* spare = reinterpret_cast<float*>(memory);
   X* laid = reinterpret_cast<X*>(spare + floats);
@@ -269,7 +381,7 @@ void run(const Linear& linear, const void* x, size_t tokens, size_t x_stride, vo
   for_tokens<Runner, E>(linear, x, tokens, x_stride, [&](const Runner& runner, size_t first, float* got) {
     for (size_t row = range.begin; row < range.end; row += block) {
       const size_t count = range.end - row < block ? range.end - row : block;
-      outputs<Runner, E>(runner, row, count, got, got + runner.tokens * block);
+      outputs<Runner, E>(runner, row, count, got);
       for (size_t t = 0; t < runner.tokens; ++t) {
         for (size_t i = 0; i < count; i += kLanes) {
           const F y = read<F>(got + t * block + i);
@@ -307,7 +419,7 @@ void best(const Linear& linear, const void* x, size_t tokens, size_t x_stride, s
   for_tokens<Runner, E>(linear, x, tokens, x_stride, [&](const Runner& runner, size_t first, float* got) {
     for (size_t row = range.begin; row < range.end; row += block) {
       const size_t count = range.end - row < block ? range.end - row : block;
-      outputs<Runner, E>(runner, row, count, got, got + runner.tokens * block);
+      outputs<Runner, E>(runner, row, count, got);
       for (size_t t = 0; t < runner.tokens; ++t) {
         float* value = values + (first + t) * most;
         int64_t* index = indices + (first + t) * most;
@@ -332,8 +444,10 @@ constexpr LinearTable table() {
 using BF16Runner = Tiles;
 #elif QTP_BF16
 using BF16Runner = Runner<Pairs, BF16>;
-#else
+#elif QTP_AVX512
 using BF16Runner = Runner<Floats<BF16>, BF16>;
+#else
+using BF16Runner = Runner<Halves, BF16>;
 #endif
 
 }  // namespace

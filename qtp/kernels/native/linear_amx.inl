@@ -5,7 +5,7 @@ struct Tiles {
   using X = uint32_t;
   static constexpr size_t kSide = 16, kStep = 32;
   static constexpr size_t kBlock = 2 * kSide;
-  static constexpr size_t kUnit = 96;
+  static constexpr size_t kUnit = 96, kSpare = 0;
   static constexpr size_t kTile = kSide * kSide;
   static constexpr size_t kFetched = 64 * 1024;  // bytes of 16 rows; longer ones the processor fetches better by itself
 
@@ -153,7 +153,7 @@ struct Tiles {
 
   // A core reads 16 rows at a time faster than 32 (16.5 and 12 to 14 GB/s here), so only where there is more to multiply do two
   // rows of tiles go together. The order of the sums is the same.
-  void rows(size_t first, size_t count, float* into, size_t pitch) const {
+  void rows(size_t first, size_t count, float* into, size_t pitch, float*) const {
     const size_t together = tokens > kSide ? 2 * kSide : kSide;
     size_t shape = 0;
     for (size_t r = 0; r < count; r += together)

@@ -1,13 +1,14 @@
-// Vectors of 16 floats, for the bodies of each_isa.inl. Sums over lanes always go lane i with i + 8, then + 4, + 2, + 1.
+// Vectors of floats, as wide as the instruction set has them, for the bodies of each_isa.inl. Sums over lanes always add the upper
+// half to the lower one, again and again: with 16 lanes lane i + 8 to lane i, then + 4, + 2, + 1.
 
 #define QTP_INLINE inline __attribute__((always_inline))
 
-typedef float F __attribute__((vector_size(64)));
-typedef int32_t I __attribute__((vector_size(64)));
-typedef uint32_t U __attribute__((vector_size(64)));
-typedef uint16_t H __attribute__((vector_size(32)));
+constexpr size_t kLanes = QTP_AVX512 ? 16 : QTP_AVX2 ? 8 : 4;
 
-constexpr size_t kLanes = 16;
+typedef float F __attribute__((vector_size(4 * kLanes)));
+typedef int32_t I __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
 
 template <class To, class From>
 QTP_INLINE To read(const From* from) {
@@ -23,6 +24,8 @@ QTP_INLINE F all(float x) { return F{} + x; }
 QTP_INLINE F fma(F a, F b, F c) {
 #if QTP_AVX512
   return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif QTP_AVX2
+  return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   return a * b + c;
 #endif
@@ -33,21 +36,25 @@ QTP_INLINE F larger(F a, F b) { return a > b ? a : b; }  // b where one is not a
 QTP_INLINE float sum(F x) {
 #if QTP_AVX512
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+#elif QTP_AVX2
+  const __m256 eight = (__m256)x;
+#endif
+#if QTP_AVX2
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 #else
-  float y[kLanes];
-  __builtin_memcpy(y, &x, sizeof y);
-  for (size_t width = 8; width; width /= 2)
-    for (size_t i = 0; i < width; ++i) y[i] += y[i + width];
-  return y[0];
+  return (x[0] + x[2]) + (x[1] + x[3]);
 #endif
 }
 
-// out[i] = sum(x[i]) for i < N; N is 16, or 8 or 4 with AVX512.
+// out[i] = sum(x[i]) for i < N; N is 16 (with AVX512), 8 (with AVX512 or AVX2), 4, 2 or 1.
 template <int N>
 QTP_INLINE void sums_of(const F* x, float* out) {
+  if constexpr (N < 4) {
+    for (int i = 0; i < N; ++i) out[i] = sum(x[i]);
+    return;
+  }
 #if QTP_AVX512
   // Two vectors become one, with the sums of lanes that are 8 apart of both, then 4, 2 and 1. So the first of 16 come to be in
   // lanes 0, 4, 8 and 12, the next four in lanes 1, 5, 9 and 13, ...: they are taken in such an order that lane i has the sum of x[i].
@@ -70,36 +77,50 @@ QTP_INLINE void sums_of(const F* x, float* out) {
   if constexpr (N == 8) y[0] = _mm512_permutexvar_ps(_mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 0, 0, 0, 0, 0, 0, 0, 0), y[0]);
   if constexpr (N == 4) y[0] = _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), y[0]);
   __builtin_memcpy(out, &y[0], N * sizeof(float));
+#elif QTP_AVX2
+  // Likewise, with lanes that are 4 apart first: the first half of the vectors come to be in the lower lanes, the others in the upper.
+  __m256 y[N];
+#pragma GCC unroll 4
+  for (int i = 0; i < N / 2; ++i) {
+    const __m256 a = (__m256)x[i], b = (__m256)x[i + N / 2];
+    y[i] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < N / 4; ++i) {
+    const __m256d a = (__m256d)y[2 * i], b = (__m256d)y[2 * i + 1];
+    y[i] = _mm256_add_ps((__m256)_mm256_unpacklo_pd(a, b), (__m256)_mm256_unpackhi_pd(a, b));
+  }
+  const __m256 last = y[N / 8];
+  y[0] = _mm256_add_ps(_mm256_shuffle_ps(y[0], last, 0x88), _mm256_shuffle_ps(y[0], last, 0xDD));
+  if constexpr (N == 4) y[0] = (__m256)_mm256_permute4x64_pd((__m256d)y[0], 0x08);
+  __builtin_memcpy(out, &y[0], N * sizeof(float));
 #else
-  for (int i = 0; i < N; ++i) out[i] = sum(x[i]);
+  typedef int32_t Index __attribute__((vector_size(16)));
+  const F a = __builtin_shuffle(x[0], x[1], Index{0, 1, 4, 5}) + __builtin_shuffle(x[0], x[1], Index{2, 3, 6, 7});
+  const F b = __builtin_shuffle(x[2], x[3], Index{0, 1, 4, 5}) + __builtin_shuffle(x[2], x[3], Index{2, 3, 6, 7});
+  write(out, __builtin_shuffle(a, b, Index{0, 2, 4, 6}) + __builtin_shuffle(a, b, Index{1, 3, 5, 7}));
 #endif
 }
 
-// out[i] = sum(x[i]) for i < N, which is a multiple of 4 with AVX512.
+// As sums_of, of any number.
 template <int N>
 QTP_INLINE void all_sums(const F* x, float* out) {
-  constexpr int least = QTP_AVX512 ? 4 : 1;
-  if constexpr (N >= 16) {
-    sums_of<16>(x, out);
-    all_sums<N - 16>(x + 16, out + 16);
-  } else if constexpr (N >= 8) {
-    sums_of<8>(x, out);
-    all_sums<N - 8>(x + 8, out + 8);
-  } else if constexpr (N >= least) {
-    sums_of<least>(x, out);
-    all_sums<N - least>(x + least, out + least);
+  if constexpr (N > 0) {
+    constexpr int some = N >= 16 && kLanes >= 16 ? 16 : N >= 8 && kLanes >= 8 ? 8 : N >= 4 ? 4 : N >= 2 ? 2 : 1;
+    sums_of<some>(x, out);
+    all_sums<N - some>(x + some, out + some);
   }
 }
 
 QTP_INLINE float largest(F x) {
   float y[kLanes];
   __builtin_memcpy(y, &x, sizeof y);
-  for (size_t width = 8; width; width /= 2)
+  for (size_t width = kLanes / 2; width; width /= 2)
     for (size_t i = 0; i < width; ++i) y[i] = y[i] > y[i + width] ? y[i] : y[i + width];
   return y[0];
 }
 
-// The three dtypes: load and store 16 elements, or the first n < 16 of them (the rest is 0, or is left alone).
+// The three dtypes: load and store kLanes elements, or the first n < kLanes of them (the rest is 0, or is left alone).
 struct F32 {
   using stored = float;
   static QTP_INLINE F load(const float* x) { return read<F>(x); }
@@ -124,8 +145,7 @@ struct F16 {
 #if QTP_AVX512
     return (F)_mm512_cvtph_ps(read<__m256i>(x));
 #elif QTP_AVX2
-    __m256 y[2] = {_mm256_cvtph_ps(read<__m128i>(x)), _mm256_cvtph_ps(read<__m128i>(x + 8))};
-    return read<F>(y);
+    return (F)_mm256_cvtph_ps(read<__m128i>(x));
 #else
     const U u = __builtin_convertvector(read<H>(x), U), rest = u & 0x7FFFu, sign = (u & 0x8000u) << 16;
     const U special = (U)(rest >= 0x7C00u), small = (U)(rest < 0x0400u);
@@ -139,10 +159,8 @@ struct F16 {
     const __m256i half = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __builtin_memcpy(to, &half, sizeof half);
 #elif QTP_AVX2
-    __m256 y[2];
-    __builtin_memcpy(y, &x, sizeof y);
-    const __m128i half[2] = {_mm256_cvtps_ph(y[0], _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(y[1], _MM_FROUND_TO_NEAREST_INT)};
-    __builtin_memcpy(to, half, sizeof half);
+    const __m128i half = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+    __builtin_memcpy(to, &half, sizeof half);
 #else
     const U u = (U)x, sign = (u >> 16) & 0x8000u, rest = u & 0x7FFFFFFFu;
     const U nan = (U)(rest > 0x7F800000u), big = (U)(rest >= 0x477FF000u), small = (U)(rest < 0x38800000u);
