@@ -18,7 +18,7 @@ from qtp.kernels.interface import Choose, Cuts, Expert, Experts, Head, Norm, Op
 
 # Tokens from which on torch's matrix product is faster, in float32, bfloat16, float16; measured on 896 x 9728, 4864 x 896, 1536 x
 # 17920 by 1 and 2 threads. With AVX512 it is not: at 512 tokens in bfloat16 it gains up to 3 % at best, and loses more to norms
-# and gates, which are fused here. With AVX2 it is in float32 (by 1.5 at 512 tokens), and takes 5 times as long in bfloat16.
+# and gates, which are fused here. With AVX2 it is in float32 (by 1.5 at 512 tokens), and takes 4 to 5 times as long in halves.
 _NEVER = sys.maxsize
 _MANY = {
     "amx": (128, 128, 128),

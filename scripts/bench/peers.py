@@ -267,7 +267,7 @@ def serve_limit(settings: Settings, reply: Callable[[dict[str, Any]], None]) -> 
         left, right = torch.ones(2, side, side, dtype=dtype)
         return lambda: torch.nn.functional.linear(left, right)
 
-    dtype = min((torch.bfloat16, torch.float32), key=lambda dtype: best((product_of(256, dtype),), 3))
+    dtype = min((torch.bfloat16, torch.float32), key=lambda dtype: best((product_of(512, dtype),), 3))
     product = product_of(4096, dtype)
     name = str(dtype).removeprefix("torch.")
     reply({"about": f"{version('torch')}, {settings.threads} threads: a read of 1 GiB, a {name} product of 4096 x 4096 matrices"})

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RUN = ["-m", "qtp.run_pa", "--model", "qtp/demo/dense", "--tp", "2", "--load_tokenizer", "False"]
-LONG = ["--input_ids", *["5,6"] * 40, "--max_output_length", "1900", "--ignore_eos"]  # a minute and more on any machine
+LONG = ["--input_ids", *["5,6"] * 40, "--max_output_length", "1900", "--ignore_eos"]  # a minute, as one sequence fits at a time
 STARTS = {
     "local": [sys.executable, *RUN, *LONG],
     "torchrun": [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2", *RUN, *LONG],

@@ -8,13 +8,11 @@ namespace {
 constexpr size_t kCacheBytes = 768 * 1024;    // of prepared tokens, to stay in a core's second cache
 constexpr size_t kMostTokens = 288;
 
-// A tile's most tokens, and how many rows of W it has with so many: the sums stay in registers, and are enough to keep a core busy
-// while each of them waits for its last addition.
+// A tile's rows of W and most tokens: the sums stay in registers, and are enough to keep a core busy while each of them waits for
+// its last addition. kFew: rows for one or two tokens, where registers are few.
+constexpr int kRows = QTP_AVX512 ? 4 : 2;
 constexpr int kTokens = QTP_AVX512 ? 6 : 5;
-constexpr int rows_with(size_t tokens) { return QTP_AVX512 || tokens <= 2 ? 4 : 2; }
-
-// How many lines of memory are asked for while a step of so many rows is computed: about as many as it uses.
-constexpr int lines_for(int rows) { return QTP_AVX512 ? rows : rows / 2; }
+constexpr int kFew = 4;
 
 // How elements of W meet those of x: `step` elements of a row at a time, of which each part of kLanes x gives one product to each
 // lane of `acc` (or two). `arrange` brings `length` elements of x, a multiple of `step`, into the order in which parts want them.
@@ -34,22 +32,18 @@ struct Floats {
 };
 
 // bfloat16 as words of two: the elements with even index are a shift away from floats, the odd ones a mask.
-struct Halves {
-  using W = uint16_t;
-  using X = float;
-  using V = F;
+struct Halves : Floats<BF16> {
   static constexpr size_t step = 2 * kLanes;
   static constexpr int parts = 2;
-  static QTP_INLINE V half(U words, int part) { return (F)(part == 0 ? words << 16 : words & 0xFFFF0000u); }
-  static QTP_INLINE V weight(const W* w, int part) { return half(read<U>(w), part); }
-  static QTP_INLINE V weight(const W* w, int part, size_t n) {
+  static QTP_INLINE F weight(const W* w, int part) {
+    const U words = read<U>(w);
+    return (F)(part == 0 ? words << 16 : words & 0xFFFF0000u);
+  }
+  static QTP_INLINE F weight(const W* w, int part, size_t n) {
     W y[step] = {};
     for (size_t i = 0; i < n; ++i) y[i] = w[i];
     return weight(y, part);
   }
-  static QTP_INLINE V token(const X* x) { return read<F>(x); }
-  static QTP_INLINE F add(F acc, V w, V x) { return fma(w, x, acc); }
-  static QTP_INLINE void store(X* to, F x, size_t n) { store_up_to<F32>(to, x, n); }
   static QTP_INLINE void arrange(X* x, size_t length) {
     I even, odd;
     for (size_t i = 0; i < kLanes; ++i) even[i] = int32_t(2 * i), odd[i] = int32_t(2 * i + 1);
@@ -174,15 +168,18 @@ struct Runner {
   size_t x_stride, tokens;
 
   // Rows first .. first + count - 1 (count <= kBlock) with all tokens: into[t * pitch + r]; more may be written, up to kBlock.
-  void rows(size_t first, size_t count, float* into, size_t pitch, float* spare) const {
-    if (QTP_AVX512 && tokens == 1 && linear.k * sizeof(W) <= kShort) return one_by_one(first, count, into);
-    constexpr int few = rows_with(2), more = rows_with(kTokens);
+  void rows(size_t first, size_t count, float* into, size_t pitch, [[maybe_unused]] float* spare) const {
     const size_t tiles = (tokens + kTokens - 1) / kTokens;
-    if (few != more && tokens <= 2) return together<few, 2, lines_for(few)>(first, count, into, pitch, tiles);
-    if (tiles == 1) return together<more, kTokens, lines_for(more)>(first, count, into, pitch, tiles);
-    if (!QTP_AVX512) return by_pieces(first, count, into, pitch, tiles, spare);
-    if (tiles <= 3) return together<more, kTokens, more / 2>(first, count, into, pitch, tiles);
-    together<more, kTokens, 1>(first, count, into, pitch, tiles);
+#if QTP_AVX512
+    if (tokens == 1 && linear.k * sizeof(W) <= kShort) return one_by_one(first, count, into);
+    if (tiles == 1) return together<kRows, kTokens, kRows>(first, count, into, pitch, tiles);
+    if (tiles <= 3) return together<kRows, kTokens, kRows / 2>(first, count, into, pitch, tiles);
+    together<kRows, kTokens, 1>(first, count, into, pitch, tiles);
+#else
+    if (tokens <= 2) return together<kFew, 2, kFew / 2>(first, count, into, pitch, tiles);
+    if (tiles == 1) return together<kRows, kTokens, kRows / 2>(first, count, into, pitch, tiles);
+    by_pieces(first, count, into, pitch, tiles, spare);
+#endif
   }
 
   // One token: row after row, so that memory sees a single stream.
@@ -209,7 +206,8 @@ struct Runner {
   // So many of the tokens are in this one of some tiles.
   QTP_INLINE size_t dealt(size_t tile, size_t tiles) const { return tokens / tiles + (tile < tokens % tiles); }
 
-  // R rows at a time with about as many tokens, at most T, in each of some tiles, while memory is asked for the next rows.
+  // R rows at a time with about as many tokens, at most T, in each of some tiles, while memory is asked for the next rows: so many
+  // lines a step.
   template <int R, int T, int Lines>
   QTP_INLINE void together(size_t first, size_t count, float* into, size_t pitch, size_t tiles) const {
     const W* weight = static_cast<const W*>(linear.weight);
@@ -265,7 +263,6 @@ struct Runner {
   // All rows with one tile of tokens after the other, and of a leaf one piece after the other. The sums of a leaf that has several
   // wait in memory. So the order of additions is that of `together`.
   void by_pieces(size_t first, size_t count, float* into, size_t pitch, size_t tiles, float* spare) const {
-    constexpr int R = rows_with(kTokens);
     const W* each[kBlock];
     for (size_t r = 0; r < kBlock; ++r)
       each[r] = static_cast<const W*>(linear.weight) + (first + (r < count ? r : count - 1)) * linear.stride;
@@ -283,8 +280,8 @@ struct Runner {
         const Piece piece{cut + begin, end - begin, begin == 0, end == length};
         for (size_t tile = 0, t = 0; tile < tiles; ++tile) {
           const size_t here = dealt(tile, tiles);
-          for (size_t r = 0; r < count; r += R)
-            piece_of<R, kTokens>(here, piece, each + r, from + t * x_stride + begin, spare + (t * kBlock + r * here) * kLanes,
+          for (size_t r = 0; r < count; r += kRows)
+            piece_of<kRows, kTokens>(here, piece, each + r, from + t * x_stride + begin, spare + (t * kBlock + r * here) * kLanes,
                                  to + t * kBlock + r, coming);
           t += here;
         }
