@@ -1,0 +1,100 @@
+"""Quantized weights of linear layers, as a rank holds them. Data alone; `torch_kernels` has the arithmetic. Imports no torch.
+
+N outputs, D this rank's input columns, G groups of input columns. int8 is -128 ... 127. Every tensor is contiguous, except that
+the rows of `weight` may lie apart. The formulas are those of msModelSlim, in whose formats the checkpoints come.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class W8A8:
+    """y = (x_q W^T + quant_bias) * deq_scale, where x_q = clamp(round(x / input_scale + input_offset)), rounded half to even.
+
+    weight int8 [N, D]; deq_scale float32 [N]; quant_bias int32 [N], which holds bias / deq_scale - input_offset * (the sum of
+    a whole row of W): where columns are cut, it is that on the rank of the first column and zeros elsewhere."""
+
+    weight: "Tensor"
+    input_scale: float
+    input_offset: float
+    quant_bias: "Tensor"
+    deq_scale: "Tensor"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class W8A8Dynamic:
+    """y = (x_q W^T) * s_x * weight_scale + bias, where s_x = max |x| / 127 of each token over ALL input columns (1 where x is 0),
+    and x_q = round(x / s_x), half to even. weight int8 [N, D]; weight_scale float32 [N]; bias [N] in the run's dtype, or None."""
+
+    weight: "Tensor"
+    weight_scale: "Tensor"
+    bias: "Tensor | None"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class W8A16:
+    """y = x w^T + bias, where w[n, d] = (weight[n, d] - offset[n, g]) * scale[n, g]. weight int8 [N, D]; scale, offset float32
+    [N, G]; bias [N] in the run's dtype, or None.
+
+    Column d is of group g = (phase + d) // group: phase is how many columns of the first group other ranks hold. group 0: all
+    columns are one group."""
+
+    weight: "Tensor"
+    scale: "Tensor"
+    offset: "Tensor"
+    bias: "Tensor | None"
+    group: int
+    phase: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Float:
+    """A part of a packed weight that was left in float: weight [N, D], bias [N] or None."""
+
+    weight: "Tensor"
+    bias: "Tensor | None"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """Weights over the same input, whose outputs follow each other: what cannot be one, since formats or input scales differ."""
+
+    parts: "tuple[Quantized | Float, ...]"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
+
+
+Quantized = W8A8 | W8A8Dynamic | W8A16
+Weight = "Tensor | Quantized | Packed"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unscaled:
+    """A partial sum in integers, which are exact: to be added over the ranks first and scaled then, for the same bits at every
+    world size. total int32 [T, N]; y = total * scale, with scale float32 [N] or [T, N], in dtype."""
+
+    total: "Tensor"
+    scale: "Tensor"
+    dtype: object
