@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qtp.layout.split import Grid, Heads
+from qtp.quantization import Quantization, read_quantization
 
 ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen2MoeForCausalLM": "qwen2_moe"}
 DTYPES = ("float32", "bfloat16", "float16")
@@ -63,10 +64,16 @@ class ModelConfig:
     sliding_window: tuple[int | None, ...]
     moe: MoeConfig | None = None
     eos_token_ids: tuple[int, ...] = ()
+    quantization: Quantization | None = None
 
     @property
     def heads(self) -> Heads:
         return Heads(self.num_heads, self.num_kv_heads)
+
+    @property
+    def weight_files(self) -> str:
+        """What the names of the weight files begin with."""
+        return "model" if self.quantization is None else self.quantization.stem
 
     def check_world(self, size: int) -> None:
         """Raises ValueError if some rank would have no query head."""
@@ -87,11 +94,14 @@ class ModelConfig:
         raw = read_json(folder / "config.json")
         generation = folder / "generation_config.json"
         eos = [raw.get("eos_token_id")] + ([read_json(generation).get("eos_token_id")] if generation.exists() else [])
-        return replace(cls.from_dict(raw, str(folder / "config.json")), eos_token_ids=_ids(eos))
+        source = str(folder / "config.json")
+        config = cls.from_dict(raw, source)
+        return replace(config, eos_token_ids=_ids(eos), quantization=read_quantization(folder, raw, source))
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> "ModelConfig":
-        """As `load`, from the parsed content; `source` names it in errors."""
+        """As `load`, from the parsed content of config.json alone, without what it says of quantization; `source` names it in
+        errors."""
         raw = {key: value for key, value in raw.items() if value is not None or key == "sliding_window"}
         read = _Reader(raw, source)
         family = _family(raw, source)
@@ -111,9 +121,6 @@ class ModelConfig:
         head_dim = read.int("head_dim", hidden // heads)
         if head_dim % 2:
             raise ValueError(f"{source}: head_dim {head_dim} is odd; rotary halves need an even one")
-        for key in ("quantization_config", "quantization", "quantize"):
-            if raw.get(key):
-                raise ValueError(f"{source}: {key} is set; quantized checkpoints are not supported yet, use a float one")
         chunked = raw.get("dual_chunk_attention_config")
         if chunked:  # identical to plain attention up to this length, and refused beyond it
             if not isinstance(chunked, dict):

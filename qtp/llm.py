@@ -289,6 +289,6 @@ def prepare(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
         log.warning("ranks talk over gloo, which is slower than shared memory: %s", reason)
     if any_kernels and config.device == "cpu" and (reason := why_no_kernels()) and rendezvous.rank == 0:
         log.warning("the arithmetic is torch's own, which is slower than compiled kernels: %s", reason)
-    store = Store(folder)
+    store = Store(folder, model.weight_files)
     verify(store, declare(model), config.grid())
     return config, model

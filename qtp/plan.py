@@ -123,7 +123,7 @@ def command(argv: list[str] | None) -> int:
     asked = EngineConfig(model=str(folder), tp=args.tp, moe_ep=args.moe_ep, moe_tp=args.moe_tp, dtype=args.dtype, device="cpu")
     config = resolve(replace(asked, max_model_len=args.max_len, num_kv_blocks=1), model, 1, cuda=False)
     grid = config.grid()
-    verify(Store(folder), declare(model), grid)
+    verify(Store(folder, model.weight_files), declare(model), grid)
     if args.memory is not None and not 0 < args.memory < inf:
         raise ValueError(f"--memory {args.memory} must be a number of GiB above 0")
     if args.batch < 1:

@@ -8,6 +8,7 @@ from qtp.config import EngineConfig, ModelConfig
 from qtp.kernels.extension import why_not
 from qtp.layout.leaves import check_leaves
 from qtp.layout.split import Grid
+from qtp.weights.assemble import check_quantization
 from qtp.weights.names import declare
 
 ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -31,6 +32,7 @@ def shares(model: ModelConfig, grid: Grid, dtype: str) -> list[RankShare]:
     """The share of each rank, by rank."""
     specs, item = declare(model), ITEM_SIZE[dtype]
     by_name = {spec.name: spec for spec in specs}
+    quantized_cache = model.quantization is not None and model.quantization.kv_cache is not None
     sparse = min(model.moe.layers, default=None) if model.moe else None
     dense = next((i for i in range(model.num_layers) if not model.moe or i not in model.moe.layers), None)
 
@@ -46,8 +48,8 @@ def shares(model: ModelConfig, grid: Grid, dtype: str) -> list[RankShare]:
             mlp_columns=by_name[column].shape(rank, grid)[1],
             experts=sum(spec.elements(rank, grid) > 0 for spec in downs),
             vocab=by_name["embed.weight"].shape(rank, grid)[0],
-            weight_bytes=item * sum(spec.elements(rank, grid) for spec in specs),
-            kv_bytes_per_token=2 * model.num_layers * len(kv) * model.head_dim * item,
+            weight_bytes=sum(spec.bytes(rank, grid, item) for spec in specs),
+            kv_bytes_per_token=2 * model.num_layers * len(kv) * model.head_dim * (1 if quantized_cache else item),
         )
 
     return [share(rank) for rank in range(grid.size)]
@@ -81,6 +83,7 @@ def resolve(
     grid = config.grid()
     if config.deterministic:
         check_leaves(grid)
+    check_quantization(model, grid)
     if model.moe is not None and config.moe_ep > model.moe.num_experts:
         raise ValueError(
             f"moe_ep {config.moe_ep} is more than the {model.moe.num_experts} experts; use {model.moe.num_experts} or less"

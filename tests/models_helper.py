@@ -169,12 +169,11 @@ def check(llm: LLM, reference: Reference, tolerance: float = 1e-4) -> None:
     assert tokens == reference.tokens
 
 
-def run_workers(folder: Path, tp: int, ids: list[int]) -> Tensor:
+def run_workers(folder: Path, tp: int, ids: list[int], **choices: Any) -> Tensor:
     """qtp's log-probabilities after each of `ids`, [T, V] float32, from `tp` workers in threads and nothing above them: for
     vocabularies so large that a Python object for each entry would be slow."""
-    config, model = prepare(
-        EngineConfig(model=str(folder), tp=tp, dtype="float32", communicator="loopback", block_size=8, num_kv_blocks=len(ids))
-    )
+    settings = {"dtype": "float32", "communicator": "loopback", "block_size": 8, "num_kv_blocks": len(ids), **choices}
+    config, model = prepare(EngineConfig(model=str(folder), tp=tp, **settings))
 
     @torch.inference_mode()
     def logits(comm: Communicator) -> Tensor:

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from qtp.layout.split import Grid, Split, elements
 
+RUN, FLOAT32, INT8, INT32, SCALE_BITS = "run", "float32", "int8", "int32", "scale bits"
+_ITEM_SIZE = {FLOAT32: 4, INT8: 1, INT32: 4, SCALE_BITS: 4}
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -16,10 +19,13 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One tensor of the running model: the boxes of its parts, one after the other along dimension 0."""
+    """One tensor of the running model: the boxes of its parts, one after the other along dimension 0. dtype: what it is held in:
+    RUN, the dtype of the run, or a fixed one; SCALE_BITS is float32 that the checkpoint may hold as int64 (its bits as an int32,
+    widened)."""
 
     name: str
     parts: tuple[Part, ...]
+    dtype: str = RUN
 
     def shape(self, rank: int, grid: Grid) -> tuple[int, ...]:
         """The shape that `rank` holds; it has a zero where the rank holds nothing."""
@@ -28,3 +34,7 @@ class Spec:
 
     def elements(self, rank: int, grid: Grid) -> int:
         return sum(elements(part.split.box(part.shape, rank, grid)) for part in self.parts)
+
+    def bytes(self, rank: int, grid: Grid, run: int) -> int:
+        """What `rank` holds; run: bytes of a value in the run's dtype."""
+        return self.elements(rank, grid) * _ITEM_SIZE.get(self.dtype, run)

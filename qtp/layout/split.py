@@ -185,17 +185,61 @@ class KVHeads:
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """A tensor of one expert: held by the expert's group, there cut along `dim` over the moe_tp ranks of the group."""
+    """A tensor of one expert: held by the expert's group, there cut along `dim` in whole units over the moe_tp ranks of it."""
 
     expert: int
     experts: int
     dim: int
+    unit: int = 1
 
     def box(self, shape: tuple[int, ...], rank: int, grid: Grid) -> Box:
         group, part = divmod(rank, grid.moe_tp)
         if self.expert not in even(self.experts, grid.moe_ep, group):
             return tuple(range(0) for _ in shape)
-        return _along(self.dim, shape, even(shape[self.dim], grid.moe_tp, part))
+        return _along(self.dim, shape, even(shape[self.dim], grid.moe_tp, part, self.unit))
+
+
+@dataclass(frozen=True, slots=True)
+class OfRows:
+    """What goes with the rows of a matrix of shape `matrix` that is cut by `split`: dimension 0 is its rows. once: held by the
+    rank of the matrix's first column alone, since what is added to a partial sum must be added once."""
+
+    split: Split
+    matrix: tuple[int, int]
+    once: bool = False
+
+    def box(self, shape: tuple[int, ...], rank: int, grid: Grid) -> Box:
+        rows, columns = self.split.box(self.matrix, rank, grid)
+        if self.once and (columns.start or not columns):
+            rows = range(0)
+        return (rows, *(range(n) for n in shape[1:]))
+
+
+@dataclass(frozen=True, slots=True)
+class OfGroups:
+    """One value for each row and each `size` columns of a matrix of shape `matrix` that is cut by `split`; a group that is cut is
+    held by all ranks that hold a part of it."""
+
+    split: Split
+    matrix: tuple[int, int]
+    size: int
+
+    def box(self, shape: tuple[int, ...], rank: int, grid: Grid) -> Box:
+        rows, columns = self.split.box(self.matrix, rank, grid)
+        return rows, range(columns.start // self.size, -(-columns.stop // self.size)) if columns else range(0)
+
+
+@dataclass(frozen=True, slots=True)
+class With:
+    """The whole tensor, wherever a part of a matrix of shape `matrix` is held, or could be, that is cut by `split`: everywhere
+    but on ranks that lack the expert."""
+
+    split: Split
+    matrix: tuple[int, int]
+
+    def box(self, shape: tuple[int, ...], rank: int, grid: Grid) -> Box:
+        held = any(self.split.box(self.matrix, rank, grid))
+        return tuple(range(n if held else 0) for n in shape)
 
 
 def elements(box: Box) -> int:

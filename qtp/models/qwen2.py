@@ -20,7 +20,7 @@ from qtp.layers.embedding import VocabEmbedding
 from qtp.layers.mlp import GatedMLP
 from qtp.layers.rope import Rope
 from qtp.layout.split import Grid, even
-from qtp.weights.loader import Shard
+from qtp.weights.assemble import Shard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +97,10 @@ def block(config: ModelConfig, shard: Shard, place: Place, layer: int, feed_forw
 
 
 def norm(config: ModelConfig, shard: Shard, name: str) -> Norm:
-    return Norm(shard[f"{name}.weight"], config.rms_norm_eps)
+    weight, anti = shard.get(f"{name}.anti.weight"), None
+    if weight is not None:
+        anti = Norm(weight, config.rms_norm_eps, bias=shard[f"{name}.anti.bias"])
+    return Norm(shard[f"{name}.weight"], config.rms_norm_eps, anti=anti)
 
 
 def mlp(shard: Shard, place: Place, own: str, norm: Norm) -> GatedMLP:
@@ -106,4 +109,4 @@ def mlp(shard: Shard, place: Place, own: str, norm: Norm) -> GatedMLP:
 
 
 def row_linear(shard: Shard, place: Place, name: str) -> Op:
-    return place.kernels.linear(shard[name], cuts=place.cuts.get(name))
+    return place.kernels.linear(shard[name], cuts=place.cuts.get(name), across=place.comm)

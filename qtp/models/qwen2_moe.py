@@ -10,7 +10,7 @@ from qtp.layers.mlp import GatedMLP
 from qtp.layers.moe import MoE
 from qtp.layout.leaves import leaf_experts
 from qtp.models.qwen2 import Place, Qwen2ForCausalLM, block, mlp, norm
-from qtp.weights.loader import Shard
+from qtp.weights.assemble import Shard
 
 
 class Qwen2MoeForCausalLM(Qwen2ForCausalLM):
@@ -37,10 +37,11 @@ def moe(config: MoeConfig, shard: Shard, place: Place, own: str, norm: Norm) -> 
         Expert(*(shard[f"{own}.experts.{e}.{name}.weight"] for name in ("gate_up", "down"))) for e in range(config.num_experts)
     ]
     down, cuts = shard[f"{own}.shared.down.weight"], place.cuts.get(f"{own}.shared.down.weight")
-    shared_down = kernels.linear(down) if cuts is None else kernels.linear_leaves(down, cuts)
+    shared_down = in_floats(kernels.linear(down, across=place.comm)) if cuts is None else kernels.linear_leaves(down, cuts, place.comm)
     leaves = None if cuts is None else leaf_experts(config.num_experts, place.rank, place.grid)
     return MoE(
         norm=kernels.rms_norm(norm),
+        anti_norm=None if norm.anti is None else kernels.rms_norm(norm.anti),
         router=kernels.linear(shard[f"{own}.router.weight"]),
         choose=kernels.choose(config.top_k, config.norm_topk_prob),
         experts=kernels.experts({e: expert for e, expert in enumerate(weights) if expert.down.numel()}, leaves),

@@ -12,13 +12,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtp.layout.spec import Spec
+from qtp.layout.spec import FLOAT32, INT8, INT32, SCALE_BITS, Spec
 from qtp.layout.split import Box, Grid, elements
 from qtp.weights.store import ITEM_SIZE, Store
 
 Shard = dict[str, Tensor]
 
-FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_STORED = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+}
+_HELD = {FLOAT32: torch.float32, INT8: torch.int8, INT32: torch.int32, SCALE_BITS: torch.float32}
 
 _PIECE = 8 << 20  # bytes of a read, and of what is converted at once
 _READERS = 4  # threads; 2 and 4 alike took half the time of one from a disk, and less on the first touch of memory
@@ -27,10 +36,11 @@ _ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Part of a checkpoint tensor, and where its values go: bytes of exactly the box's elements in the run's dtype."""
+    """Part of a checkpoint tensor, and where its values go: bytes of exactly the box's elements in `dtype`."""
 
     name: str
     box: Box
+    dtype: torch.dtype
     into: memoryview
 
 
@@ -43,7 +53,7 @@ def load(
     device: torch.device,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Shard:
-    """The tensors of `rank` by `Spec.name`, contiguous; empty where it holds nothing. On a CPU they share one block of memory.
+    """The tensors of `rank` by `Spec.name`, contiguous, in the dtypes of the specs; empty where it holds nothing. On a CPU they share one block of memory.
     `progress` is told, in the calling thread, the number of checkpoint bytes after each piece; what it raises ends the reading.
     Memory beyond the result: a piece of 8 MiB if dtype differs from the file's, one tensor if the device is not the CPU.
     Raises ValueError if a file ends early or changes meanwhile."""
@@ -52,7 +62,7 @@ def load(
     try:
         for group in [specs] if device.type == "cpu" else [[spec] for spec in specs]:
             tensors, pieces = _laid_out(store, group, rank, grid, dtype)
-            _fill(store, pieces, dtype, readers, progress)
+            _fill(store, pieces, readers, progress)
             shard.update((name, x.to(device)) for name, x in tensors.items())
     finally:
         readers.shutdown(cancel_futures=True)
@@ -64,20 +74,20 @@ def _laid_out(store: Store, specs: Sequence[Spec], rank: int, grid: Grid, dtype:
     """Tensors without their values yet, and the pieces that fill them."""
     starts = [0]
     for spec in specs:
-        starts.append(starts[-1] + -(-spec.elements(rank, grid) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT)
+        starts.append(starts[-1] + -(-spec.bytes(rank, grid, dtype.itemsize) // _ALIGNMENT) * _ALIGNMENT)
     memory = _memory(starts[-1])
     view = memoryview(memory)
     tensors: Shard = {}
     pieces = []
     for spec, start in zip(specs, starts, strict=False):
-        at = start
+        at, held = start, _HELD.get(spec.dtype, dtype)
         for part in spec.parts:
             for box in _cut(part.split.box(part.shape, rank, grid), _PIECE // ITEM_SIZE[store.entries[part.name].dtype]):
-                stop = at + elements(box) * dtype.itemsize
-                pieces.append(_Piece(part.name, box, view[at:stop]))
+                stop = at + elements(box) * held.itemsize
+                pieces.append(_Piece(part.name, box, held, view[at:stop]))
                 at = stop
-        count = (at - start) // dtype.itemsize
-        flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=start) if count else torch.empty(0, dtype=dtype)
+        count = (at - start) // held.itemsize
+        flat = torch.frombuffer(memory, dtype=held, count=count, offset=start) if count else torch.empty(0, dtype=held)
         tensors[spec.name] = flat.view(spec.shape(rank, grid))
     return tensors, pieces
 
@@ -106,16 +116,13 @@ def _cut(box: Box, most: int) -> Iterator[Box]:
         yield (range(first, min(first + step, rows.stop)), *rest)
 
 
-def _fill(
-    store: Store, pieces: Sequence[_Piece], dtype: torch.dtype, readers: ThreadPoolExecutor, progress: Callable[[int], None]
-) -> None:
-    as_stored = [piece for piece in pieces if FLOAT_DTYPES[store.entries[piece.name].dtype] == dtype]
+def _fill(store: Store, pieces: Sequence[_Piece], readers: ThreadPoolExecutor, progress: Callable[[int], None]) -> None:
+    as_stored = [piece for piece in pieces if _STORED[store.entries[piece.name].dtype] == piece.dtype]
     for count in readers.map(lambda piece: _read(store, piece), as_stored):
         progress(count)
     for piece in pieces:
-        stored = FLOAT_DTYPES[store.entries[piece.name].dtype]
-        if stored != dtype:
-            progress(_convert(store, piece, stored, dtype))
+        if _STORED[store.entries[piece.name].dtype] != piece.dtype:
+            progress(_convert(store, piece))
 
 
 def _read(store: Store, piece: _Piece) -> int:
@@ -123,8 +130,14 @@ def _read(store: Store, piece: _Piece) -> int:
     return piece.into.nbytes
 
 
-def _convert(store: Store, piece: _Piece, stored: torch.dtype, dtype: torch.dtype) -> int:
+def _convert(store: Store, piece: _Piece) -> int:
+    stored = _STORED[store.entries[piece.name].dtype]
     raw = bytearray(elements(piece.box) * stored.itemsize)
     store.read_into(piece.name, piece.box, memoryview(raw))
-    torch.frombuffer(piece.into, dtype=dtype).copy_(torch.frombuffer(raw, dtype=stored))
+    values = torch.frombuffer(raw, dtype=stored)
+    if stored == torch.int64:
+        if not bool((values >> 31 == 0).all()):
+            raise ValueError(f"{store.entries[piece.name].file}: tensor {piece.name} holds integers that are no bits of a float32 above 0")
+        values = values.to(torch.int32).view(torch.float32)
+    torch.frombuffer(piece.into, dtype=piece.dtype).copy_(values)
     return len(raw)

@@ -50,17 +50,18 @@ _State = tuple[int, int, int, int]  # device, inode, size, time of the last chan
 class Store:
     """The tensors of a folder by name. Files are opened once and read with positioned reads, so threads may share a Store.
 
-    Raises ValueError naming the file or tensor, and the way out, if one is missing, truncated or malformed.
+    stem: what the names of the weight files begin with. Raises ValueError naming the file or tensor, and the way out, if one is
+    missing, truncated or malformed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, stem: str = "model") -> None:
         self.folder = folder
         self.bytes_read = 0
         self._lock = threading.Lock()
         self._descriptors: dict[Path, int] = {}
         self._states: dict[Path, _State] = {}
         self.entries: dict[str, Entry] = {}
-        files, weight_map = _files(folder)
+        files, weight_map = _files(folder, stem)
         for file in files:
             entries, self._states[file] = _header(file)
             self.entries.update(entries)
@@ -162,8 +163,8 @@ def _read_fully(descriptor: int, buffer: memoryview, offset: int, file: Path) ->
         buffer, offset = buffer[got:], offset + got
 
 
-def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    index = folder / "model.safetensors.index.json"
+def _files(folder: Path, stem: str) -> tuple[list[Path], dict[str, str]]:
+    index = folder / f"{stem}.safetensors.index.json"
     if index.exists():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -178,8 +179,8 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
                 f"{folder / missing[0]}: file named by {index.name} is missing ({len(missing)} of {len(names)}); fetch it again"
             )
         return [folder / name for name in names], weight_map
-    single = folder / "model.safetensors"
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    single = folder / f"{stem}.safetensors"
+    files = [single] if single.is_file() else sorted(folder.glob(f"{stem}-*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder}: holds no *.safetensors file; give a folder with the weights of the model")
     return files, {}

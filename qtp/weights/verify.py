@@ -3,22 +3,23 @@
 from collections.abc import Sequence
 
 from qtp.layout.coverage import check_covered
-from qtp.layout.spec import Spec
+from qtp.layout.spec import FLOAT32, INT8, INT32, RUN, SCALE_BITS, Spec
 from qtp.layout.split import Grid
 from qtp.weights.store import Store
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+_STORED = {RUN: FLOATS, FLOAT32: FLOATS, INT8: ("I8",), INT32: ("I32",), SCALE_BITS: ("I64", "F32")}
 
 
 def verify(store: Store, specs: Sequence[Spec], grid: Grid) -> None:
-    """Checks that every tensor is there in its shape, in a floating-point dtype, and that the boxes of all ranks cover it.
+    """Checks that every tensor is there in its shape, in a dtype that it may have, and that the boxes of all ranks cover it.
     Raises ValueError naming the first tensor of which this is not so. Reads no data."""
     for spec in specs:
         for part in spec.parts:
             entry = store.check(part.name, part.shape)
-            if entry.dtype not in FLOATS:
+            if entry.dtype not in _STORED[spec.dtype]:
                 raise ValueError(
-                    f"{entry.file}: tensor {part.name} has dtype {entry.dtype}; quantized checkpoints are not supported yet, "
-                    "use a float one"
+                    f"{entry.file}: tensor {part.name} has dtype {entry.dtype}, and should have {' or '.join(_STORED[spec.dtype])}; "
+                    "config.json, the description of a quantized checkpoint and the weight files do not belong together"
                 )
             check_covered(part.shape, part.split, grid)

@@ -18,6 +18,7 @@ from qtp.kv.cache import KVCache
 from qtp.layout.leaves import row_cuts
 from qtp.layout.split import even
 from qtp.models import FAMILIES, Place
+from qtp.weights.assemble import assemble
 from qtp.weights.loader import load
 from qtp.weights.names import declare
 from qtp.weights.store import Store
@@ -43,9 +44,10 @@ class Worker:
         assert config.num_kv_blocks is not None
         grid, dtype, device = config.grid(), getattr(torch, config.dtype), comm.device
         specs = declare(model_config)
-        with Store(Path(config.model)) as store:
+        with Store(Path(config.model), model_config.weight_files) as store:
             verify(store, specs, grid)
-            shard = load(store, specs, comm.rank, grid, dtype, device, progress)
+            tensors = load(store, specs, comm.rank, grid, dtype, device, progress)
+        shard = assemble(model_config, tensors, comm.rank, grid)
         query, kv = model_config.heads.query(comm.rank, grid), model_config.heads.kv(comm.rank, grid)
         group = model_config.num_heads // model_config.num_kv_heads
         cache = KVCache(
@@ -57,7 +59,7 @@ class Worker:
             rank=comm.rank,
             grid=grid,
             comm=comm,
-            reduce=_tree_reduce(comm, dtype) if config.deterministic else comm.all_reduce,
+            reduce=_reduce(comm, _tree_reduce(comm, dtype) if config.deterministic else comm.all_reduce),
             kernels=NativeKernels(deterministic=config.deterministic) if native else TorchKernels(),
             attention=NativeAttention(cache, kv_of, device) if native else TorchAttention(cache, kv_of, device),
             cuts=row_cuts(specs, comm.rank, grid) if config.deterministic else {},
@@ -68,7 +70,7 @@ class Worker:
         self.sampler = Sampler(comm, sizes, min(config.vocab_limit or model_config.vocab_size, model_config.vocab_size))
         self.sequences: dict[int, Sequence] = {}
         self.ready = Ready(
-            rank=comm.rank, bytes_read=store.bytes_read, weight_bytes=sum(t.numel() * t.element_size() for t in shard.values())
+            rank=comm.rank, bytes_read=store.bytes_read, weight_bytes=sum(t.numel() * t.element_size() for t in tensors.values())
         )
 
     @torch.inference_mode()
@@ -129,6 +131,17 @@ class Worker:
             targets = s.token_ids[chunk.start + at + 1 : chunk.start + stop + 1]
             told += self.sampler.prompt_logprobs(self.model.logits(hidden_TD[first + at : first + stop]), targets, count)
         return told
+
+
+def _reduce(comm: Communicator, floats: Op) -> Callable[[torch.Tensor | Unscaled], torch.Tensor]:
+    """Adds partial sums over the ranks: of integers before they are scaled, of floats by `floats`."""
+
+    def run(partial: torch.Tensor | Unscaled) -> torch.Tensor:
+        if isinstance(partial, Unscaled):
+            return partial.scaled(comm.all_reduce(partial.total))
+        return floats(partial)
+
+    return run
 
 
 def _tree_reduce(comm: Communicator, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:

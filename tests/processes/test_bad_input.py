@@ -112,7 +112,7 @@ def test_tensor_of_the_wrong_shape(capfd: pytest.CaptureFixture[str], model: Pat
         ({"num_hidden_layers": None}, "num_hidden_layers"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantized checkpoints are not supported yet"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method 'awq' is not supported"),
         ({"dtype": None, "torch_dtype": None}, "give --dtype"),
     ],
 )

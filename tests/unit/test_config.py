@@ -127,12 +127,6 @@ def test_rope_scaling_that_a_user_added_wins_over_rope_parameters() -> None:
     assert (config.rope.theta, config.rope.factor, config.rope.original_max_position) == (1e6, 4.0, 32768)
 
 
-@pytest.mark.parametrize("key", ["quantization_config", "quantize", "quantization"])
-def test_a_quantized_checkpoint_is_refused_as_such(key: str) -> None:
-    with pytest.raises(ValueError, match=rf"{key} is set; quantized checkpoints are not supported yet"):
-        read(**{key: {"quant_method": "gptq"}})
-
-
 @pytest.mark.parametrize("key", ["tie_word_embeddings", "qkv_bias", "use_sliding_window"])
 def test_a_switch_that_is_no_boolean_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match=rf"{key} is 'false'; true or false is needed"):

@@ -1,0 +1,54 @@
+"""From the loaded tensors of a quantized checkpoint to what the model files take. Imports no torch."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from qtp.config import ModelConfig
+from qtp.kernels.quantized import Float, Packed, Quantized
+from qtp.layout.split import Grid
+from qtp.quantization import FLOAT
+from qtp.weights.formats import FORMATS
+from qtp.weights.names import quantized_layers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shard = Mapping[str, "Tensor | Quantized | Packed"]
+
+
+def assemble(config: ModelConfig, tensors: "Mapping[str, Tensor]", rank: int, grid: Grid) -> "dict[str, Tensor | Quantized | Packed]":
+    """`tensors`, in which each quantized layer has become one weight, under the name that it would have as a float one. ValueError
+    naming a tensor whose values cannot be."""
+    shard: dict[str, Tensor | Quantized | Packed] = dict(tensors)
+    for name, parts in quantized_layers(config):
+        weights: list[Quantized | Float] = []
+        for part in parts:
+            weights += FORMATS[part.kind].assemble(part, tensors, rank, grid)
+            for spec in FORMATS[part.kind].specs(part):
+                del shard[spec.name]
+        first = weights[0]
+        shard[name] = first if len(weights) == 1 and not isinstance(first, Float) else Packed(tuple(weights))
+    return shard
+
+
+def check_quantization(config: ModelConfig, grid: Grid) -> None:
+    """Raises ValueError for what the description asks and no rank could compute."""
+    quantization, moe = config.quantization, config.moe
+    if quantization is None or moe is None:
+        return
+    for layer in moe.layers:
+        experts = [f"model.layers.{layer}.mlp.experts.{e}" for e in range(moe.num_experts)]
+        names = [f"{mlp}.{n}_proj.weight" for mlp in (*experts, f"model.layers.{layer}.mlp.shared_expert") for n in ("gate", "up", "down")]
+        kinds = {quantization.type_of(name) for name in names}
+        if grid.moe_tp > 1 and "W8A8_DYNAMIC" in kinds:
+            raise ValueError(
+                f"moe_tp {grid.moe_tp} cuts the columns of an expert, and W8A8_DYNAMIC takes the largest of all of them for each "
+                "token; leave moe_tp and moe_ep away, so that experts stay whole"
+            )
+        anti = f"model.layers.{layer}.post_attention_layernorm.module.weight" in quantization.types
+        inputs = {quantization.type_of(name) for name in names if "down_proj" not in name}
+        if anti and FLOAT in inputs and len(inputs) > 1:
+            raise ValueError(
+                f"{quantization.source}: layer {layer} has an anti-outlier norm, and of its experts some are float and some are not; "
+                "quantize it again with all of them in one form"
+            )

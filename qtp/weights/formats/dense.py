@@ -1,0 +1,16 @@
+"""FLOAT: a layer that fell back to float beside quantized ones of the same input."""
+
+from collections.abc import Sequence
+
+from qtp.kernels.quantized import Float
+from qtp.layout.spec import RUN, Spec
+from qtp.layout.split import Grid
+from qtp.weights.formats.format import Linear, Tensors
+
+
+class DenseFormat:
+    def specs(self, linear: Linear) -> Sequence[Spec]:
+        return linear.weight(RUN), *linear.bias()
+
+    def assemble(self, linear: Linear, tensors: Tensors, rank: int, grid: Grid) -> Sequence[Float]:
+        return (Float(tensors[f"{linear.own}.weight"], tensors.get(f"{linear.own}.bias")),)
