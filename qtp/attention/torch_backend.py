@@ -1,6 +1,7 @@
 """Paged attention from torch's own operations; runs on any device.
 
 Decoding sequences are padded to the longest and go together; a prefill chunk goes alone, tile by tile of its queries.
+Over an int8 cache it computes in float32.
 Shapes: T tokens, S decoding sequences, L cached tokens, H query heads, K KV heads, G = H / K, d head_dim, n queries of a tile.
 """
 
@@ -28,7 +29,7 @@ class _Chunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Plan:
-    """slots [T] of the step's tokens; cos, sin [T, 1, d / 2] in the cache's dtype. decode_slots [S, longest]: the slots of each
+    """slots [T] of the step's tokens; cos, sin [T, 1, d / 2] in the run's dtype. decode_slots [S, longest]: the slots of each
     decoding sequence in order of position, padded with its first, so that no slot is read that was not written; decode_lens [S];
     longest: the largest of them."""
 
@@ -64,7 +65,7 @@ class TorchAttention:
             slots = self._slots((table,), torch.arange(length, device=self.device)[None])[0]
             chunks.append(_Chunk(first=first, count=count, start=length - count, slots=slots))
             first += count
-        dtype = self.cache.keys.dtype
+        dtype = self.cache.dtype
         return _Plan(
             slots=batch.slots_T,
             cos=cos[:, None].to(dtype),
@@ -83,6 +84,8 @@ class TorchAttention:
         query_THd, key_TKd = rotate(qk_THd, plan.cos, plan.sin).split((heads, kv_heads), dim=1)
         self.cache.write(layer, plan.slots, key_TKd, value_TKd)
         out_THd = torch.empty_like(query_THd)
+        if self.cache.scales is not None:
+            query_THd = self.cache.scales.query(layer, query_THd)
         decodes = len(plan.decode_lens)
         if decodes:
             out_THd[:decodes] = self._decode(plan, layer, query_THd[:decodes], window)
