@@ -12,9 +12,12 @@ from qtp.attention.native_backend import NativeAttention
 from qtp.attention.torch_backend import TorchAttention
 from qtp.batch import make_batch
 from qtp.config import EngineConfig, ModelConfig
+from qtp.kernels.interface import Op
 from qtp.kernels.native_kernels import NativeKernels
+from qtp.kernels.quantized import Unscaled
 from qtp.kernels.torch_kernels import TorchKernels
 from qtp.kv.cache import KVCache
+from qtp.kv.scales import kv_scales
 from qtp.layout.leaves import row_cuts
 from qtp.layout.split import even
 from qtp.models import FAMILIES, Place
@@ -51,7 +54,14 @@ class Worker:
         query, kv = model_config.heads.query(comm.rank, grid), model_config.heads.kv(comm.rank, grid)
         group = model_config.num_heads // model_config.num_kv_heads
         cache = KVCache(
-            model_config.num_layers, config.num_kv_blocks, config.block_size, len(kv), model_config.head_dim, dtype, device
+            model_config.num_layers,
+            config.num_kv_blocks,
+            config.block_size,
+            len(kv),
+            model_config.head_dim,
+            dtype,
+            device,
+            kv_scales(model_config, tensors),
         )
         kv_of = tuple(h // group - kv.start for h in query)
         native = config.kernels == "native"
