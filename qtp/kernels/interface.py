@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, overload
 
 from torch import Tensor
 
+from collectives.communicator import Communicator
+from qtp.kernels.quantized import Unscaled, Weight
+
 Op = Callable[[Tensor], Tensor]
+RowOp = Callable[[Tensor], Tensor | Unscaled]
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
 Cuts = tuple[int, ...]
@@ -15,18 +19,24 @@ Cuts = tuple[int, ...]
 @dataclass(frozen=True, slots=True)
 class Norm:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467). The division is done in float32 and rounded
-    before the weight is applied, as in transformers. weight [D]."""
+    before the weight is applied, as in transformers. weight [D]. bias [D]: is added in float32, before the product with the
+    weight is rounded.
+
+    anti: the norm that quantized weights take in its place (msModelSlim's anti-outlier norm, for which they were made); float
+    weights, and the float parts of packed ones, keep this one."""
 
     weight: Tensor
     eps: float
+    bias: Tensor | None = None
+    anti: "Norm | None" = None
 
 
 @dataclass(frozen=True, slots=True)
 class Expert:
     """The weights of one expert: gate_up [2 F, D], the gate first; down [D, F]."""
 
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Weight
+    down: Weight
 
 
 class Head(Protocol):
@@ -48,6 +58,7 @@ class Kernels(Protocol):
     With a norm, an op takes norm(x) in place of x.
 
     A weight is row-major, its rows may lie apart (a stride). Outputs have the dtype of the input unless it is said otherwise.
+    A quantized one holds its bias itself, and its classes (`kernels.quantized`) say what y is.
 
     `cuts` (see `layout.leaves`) asks for sums that do not depend on the world size: offsets 0 ... D that cut the D products of
     an output into leaves, each of which is added up by itself, in float32.
@@ -58,20 +69,53 @@ class Kernels(Protocol):
         """What is shown at start."""
         ...
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None, cuts: Cuts | None = None) -> Op:
+    @overload
+    def linear(
+        self,
+        weight: Weight,
+        bias: Tensor | None = None,
+        *,
+        norm: Norm | None = None,
+        cuts: Cuts | None = None,
+    ) -> Op: ...
+
+    @overload
+    def linear(
+        self,
+        weight: Weight,
+        bias: Tensor | None = None,
+        *,
+        norm: Norm | None = None,
+        cuts: Cuts | None = None,
+        across: Communicator | None,
+    ) -> RowOp: ...
+
+    def linear(
+        self,
+        weight: Weight,
+        bias: Tensor | None = None,
+        *,
+        norm: Norm | None = None,
+        cuts: Cuts | None = None,
+        across: Communicator | None = None,
+    ) -> RowOp:
         """y = x W^T + b with this rank's box of W: [T, D] to [T, N]. weight [N, D]; bias [N].
 
         Cut on its rows (a column linear, in Megatron's word), it takes the full input and gives this rank's columns of the
         output. Cut on its columns (a row linear), it takes this rank's part of the input and gives a PARTIAL sum of the full
         output, to be reduced by the block; its bias, if any, is held by one rank only (`layout.split.Once`). With cuts, which
-        go without a bias, y is float32: the leaves added along a binary tree (`collectives.tree`)."""
+        go without a bias, y is float32: the leaves added along a binary tree (`collectives.tree`).
+
+        across: for a row linear, the ranks that hold the other columns; each must call the op in every step. W8A8 and
+        W8A8Dynamic then give an `Unscaled`, whatever cuts say, of the same bits at every world size; others ignore it."""
         ...
 
-    def linear_leaves(self, weight: Tensor, cuts: Cuts) -> Op:
-        """As `linear`, with the leaves not yet added: [T, D] to [leaves, T, N] float32."""
+    def linear_leaves(self, weight: Weight, cuts: Cuts, across: Communicator | None = None) -> Op:
+        """As `linear`, with the leaves not yet added: [T, D] to [leaves, T, N] float32. Of integers the sum of each leaf is
+        scaled; the leaf of the first column has quant_bias."""
         ...
 
-    def gated(self, weight: Tensor, *, norm: Norm | None = None) -> Op:
+    def gated(self, weight: Weight, *, norm: Norm | None = None) -> Op:
         """silu(gate(x)) * up(x) (arXiv 2002.05202): [T, D] to [T, F]. weight [2 F, D]: gate, then up."""
         ...
 
@@ -88,7 +132,7 @@ class Kernels(Protocol):
         """sigmoid(gate) * x, in the dtype of x and perhaps in its place. gate: [T, 1]; x: [T, D] or [leaves, T, D]."""
         ...
 
-    def head(self, weight: Tensor) -> Head:
+    def head(self, weight: Weight) -> Head:
         """weight [V, D]."""
         ...
 

@@ -4,7 +4,7 @@ Every output is added up in float32 in an order that depends on the weight alone
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from collectives.communicator import Communicator
 from collectives.tree import tree_sum
 from qtp.kernels.extension import native, why_not
 from qtp.kernels.interface import Choose, Cuts, Expert, Experts, Head, Norm, Op
+from qtp.kernels.quantized import Weight
+from qtp.kernels.torch_kernels import TorchKernels, grouped
 
 # Tokens from which on torch's matrix product is faster, in float32, bfloat16, float16; measured on 896 x 9728, 4864 x 896, 1536 x
 # 17920 by 1 and 2 threads. With AVX512 it is not: at 512 tokens in bfloat16 it gains up to 3 % at best, and loses more to norms
@@ -42,18 +45,38 @@ class NativeKernels:
     def name(self) -> str:
         return f"native ({native.isas()[-1]})"
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None, cuts: Cuts | None = None) -> Op:
+    def linear(
+        self,
+        weight: Weight,
+        bias: Tensor | None = None,
+        *,
+        norm: Norm | None = None,
+        cuts: Cuts | None = None,
+        across: Communicator | None = None,
+    ) -> Callable[[Tensor], Any]:
+        if not isinstance(weight, Tensor):
+            return TorchKernels().linear(weight, bias, norm=norm, cuts=cuts, across=across)
         assert bias is None or cuts is None, "a bias would be added to one rank's leaves"
+        if norm is not None and norm.bias is not None:
+            return _after(self.rms_norm(norm), self.linear(weight, bias, cuts=cuts))
         return _Linear(weight, bias, norm=norm, cuts=cuts, many=self._many[_DTYPES[weight.dtype]])
 
-    def linear_leaves(self, weight: Tensor, cuts: Cuts) -> Op:
+    def linear_leaves(self, weight: Weight, cuts: Cuts, across: Communicator | None = None) -> Op:
+        if not isinstance(weight, Tensor):
+            return TorchKernels().linear_leaves(weight, cuts, across)
         leaves = [_Linear(weight[:, a:b], cuts=(0, b - a)) for a, b in pairwise(cuts)]
         return lambda x: torch.stack([leaf(x[:, a:b]) for leaf, (a, b) in zip(leaves, pairwise(cuts), strict=True)])
 
-    def gated(self, weight: Tensor, *, norm: Norm | None = None) -> Op:
+    def gated(self, weight: Weight, *, norm: Norm | None = None) -> Op:
+        if not isinstance(weight, Tensor):
+            return TorchKernels().gated(weight, norm=norm)
+        if norm is not None and norm.bias is not None:
+            return _after(self.rms_norm(norm), self.gated(weight))
         return _Linear(weight, gated=True, norm=norm, many=self._many[_DTYPES[weight.dtype]])
 
     def rms_norm(self, norm: Norm) -> Op:
+        if norm.bias is not None:
+            return TorchKernels().rms_norm(norm)
         return lambda x: _normed(x, norm)
 
     def choose(self, top_k: int, norm_topk_prob: bool) -> Choose:
@@ -72,13 +95,19 @@ class NativeKernels:
         native.scale(_DTYPES[gate.dtype], gate.data_ptr(), _DTYPES[x.dtype], x.data_ptr(), x.numel() // width, tokens, width)
         return x
 
-    def head(self, weight: Tensor) -> Head:
+    def head(self, weight: Weight) -> Head:
+        if not isinstance(weight, Tensor):
+            return TorchKernels().head(weight)
         return _Head(weight)
 
     def experts(self, experts: Mapping[int, Expert], leaves: Sequence[range] | None = None) -> Experts:
+        both = ((i, e.gate_up, e.down) for i, e in experts.items())
+        held = {i: (up, down) for i, up, down in both if isinstance(up, Tensor) and isinstance(down, Tensor)}
+        if len(held) < len(experts):
+            return grouped({i: (self.gated(e.gate_up), self.linear(e.down)) for i, e in experts.items()}, leaves)
         if leaves is None:
-            return _Experts(experts)
-        parts = [_Experts({e: experts[e] for e in leaf if e in experts}) for leaf in leaves]
+            return _Experts(held)
+        parts = [_Experts({e: held[e] for e in leaf if e in held}) for leaf in leaves]
 
         def run(x_TD: Tensor, weights_TK: Tensor, chosen_TK: Tensor, partial_LTD: Tensor) -> Tensor:
             each = zip(parts, partial_LTD, strict=True)
@@ -146,9 +175,9 @@ class _Head:
 
 
 class _Experts:
-    def __init__(self, experts: Mapping[int, Expert]) -> None:
+    def __init__(self, experts: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         self._weights = dict(experts)
-        handles = [(_handle(e.gate_up, gated=True), _handle(e.down, cuts=(0, e.down.shape[1]))) for e in experts.values()]
+        handles = [(_handle(up, gated=True), _handle(down, cuts=(0, down.shape[1]))) for up, down in experts.values()]
         by_index = dict(zip(experts, handles, strict=True))
         self._run = native.Experts(*(by_index.get(i) for i in range(max(experts, default=-1) + 1))).run
 
@@ -159,6 +188,10 @@ class _Experts:
         place = (weights.data_ptr(), chosen.data_ptr(), choices, partial.data_ptr(), wide)
         self._run(x.data_ptr(), tokens, x.stride(0), *place)
         return partial
+
+
+def _after(before: Op, op: Op) -> Op:
+    return lambda x: op(before(x))
 
 
 def _normed(x: Tensor, norm: Norm) -> Tensor:

@@ -1,14 +1,14 @@
-"""Quantized weights of linear layers, as a rank holds them. Data alone; `torch_kernels` has the arithmetic. Imports no torch.
+"""Quantized weights of linear layers, as a rank holds them. Data alone; `torch_quantized` has the arithmetic. Imports no torch.
 
 N outputs, D this rank's input columns, G groups of input columns. int8 is -128 ... 127. Every tensor is contiguous, except that
 the rows of `weight` may lie apart. The formulas are those of msModelSlim, in whose formats the checkpoints come.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,7 +87,7 @@ class Packed:
 
 
 Quantized = W8A8 | W8A8Dynamic | W8A16
-Weight = "Tensor | Quantized | Packed"
+Weight: TypeAlias = "Tensor | Quantized | Packed"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,4 +97,15 @@ class Unscaled:
 
     total: "Tensor"
     scale: "Tensor"
-    dtype: object
+    dtype: "dtype"
+
+    def scaled(self, total: "Tensor") -> "Tensor":
+        """y [T, N] of `total`, the sum of all ranks' totals."""
+        return (total.float() * self.scale).to(self.dtype)
+
+
+def row_part(weight: Quantized | Float) -> Weight:
+    """A weight, or a part of one, as a row linear takes it: without a float bias, which at every world size would be rounded in
+    other places."""
+    assert isinstance(weight, W8A8) or weight.bias is None, "a row linear with a float bias"
+    return weight.weight if isinstance(weight, Float) else weight

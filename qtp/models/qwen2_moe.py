@@ -44,7 +44,7 @@ def moe(config: MoeConfig, shard: Shard, place: Place, own: str, norm: Norm) -> 
         anti_norm=None if norm.anti is None else kernels.rms_norm(norm.anti),
         router=kernels.linear(shard[f"{own}.router.weight"]),
         choose=kernels.choose(config.top_k, config.norm_topk_prob),
-        experts=kernels.experts({e: expert for e, expert in enumerate(weights) if expert.down.numel()}, leaves),
+        experts=kernels.experts({e: expert for e, expert in enumerate(weights) if all(expert.down.shape)}, leaves),
         shared=GatedMLP(kernels.gated(shard[f"{own}.shared.gate_up.weight"]), shared_down),
         shared_gate=kernels.linear(shard[f"{own}.shared_gate.weight"]),
         scale=kernels.scale,

@@ -1,0 +1,118 @@
+"""The arithmetic of quantized weights from torch's own operations, on any device. T tokens, D columns, N outputs, G groups.
+
+Integer sums are exact, floats are added in float32, and each result is rounded once.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from collectives.communicator import Communicator
+from qtp.kernels.interface import Cuts
+from qtp.kernels.quantized import W8A8, W8A16, Float, Packed, Quantized, Unscaled, W8A8Dynamic
+
+_EXACT = 1024  # columns of which every sum of products of int8 is below 2^24, and so exact in float32
+_ROWS = 8192  # that are brought to float32 at a time
+
+
+def int_product(x_TD: Tensor, w_ND: Tensor) -> Tensor:
+    """x W^T of int8, exact: [T, N] int32."""
+    total_TN = torch.zeros(x_TD.shape[0], w_ND.shape[0], dtype=torch.int32, device=x_TD.device)
+    for x, w in zip(x_TD.split(_EXACT, dim=1), w_ND.split(_EXACT, dim=1), strict=True):
+        total_TN += F.linear(x.float(), w.float()).to(torch.int32)
+    return total_TN
+
+
+def quantize(x: Tensor, scale: Tensor, offset: float = 0.0) -> Tensor:
+    """clamp(round(x / scale + offset)) to int8, half to even, in float32. scale is a tensor: instead of dividing by a number CUDA
+    multiplies with its inverse."""
+    return (x.float() / scale + offset).round_().clamp_(-128, 127).to(torch.int8)
+
+
+def token_maxima(x_TD: Tensor, across: Communicator | None = None) -> Tensor:
+    """max |x| of each token over the columns of all ranks: [T] float32. Every rank of `across` must call it."""
+    return joint_maxima(x_TD.abs().amax(dim=1).float() if x_TD.shape[1] else x_TD.new_zeros(len(x_TD)).float(), across)
+
+
+def joint_maxima(maxima_T: Tensor, across: Communicator | None) -> Tensor:
+    if across is None or across.size == 1:
+        return maxima_T
+    return across.all_gather(maxima_T[None]).amax(dim=0)
+
+
+def token_scales(maxima_T: Tensor) -> Tensor:
+    """s_x of W8A8Dynamic."""
+    return torch.where(maxima_T > 0, maxima_T / torch.full_like(maxima_T, 127), 1.0)
+
+
+def quantized_input(weight: W8A8 | W8A8Dynamic, x_TD: Tensor, across: Communicator | None = None) -> tuple[Tensor, Tensor]:
+    """x as int8, and the scale of the sums: float32, [N] or [T, N]."""
+    if isinstance(weight, W8A8):
+        scale = torch.full((), weight.input_scale, dtype=torch.float32, device=x_TD.device)
+        return quantize(x_TD, scale, weight.input_offset), weight.deq_scale
+    scale_T1 = token_scales(token_maxima(x_TD, across))[:, None]
+    return quantize(x_TD, scale_T1), scale_T1 * weight.weight_scale
+
+
+def unscaled(weight: W8A8 | W8A8Dynamic, x_TD: Tensor, across: Communicator | None = None) -> Unscaled:
+    """The sum over this rank's columns with its quant_bias; a float bias is left out."""
+    x_q, scale = quantized_input(weight, x_TD, across)
+    total_TN = int_product(x_q, weight.weight)
+    if isinstance(weight, W8A8):
+        total_TN += weight.quant_bias
+    return Unscaled(total_TN, scale, x_TD.dtype)
+
+
+def dequantized(weight: W8A16) -> Tensor:
+    """[N, D] float32."""
+    columns = weight.shape[1]
+    group = (weight.phase + torch.arange(columns, device=weight.weight.device)) // (weight.group or weight.phase + columns + 1)
+    return (weight.weight.float() - weight.offset[:, group]) * weight.scale[:, group]
+
+
+def columns_of(weight: W8A16, start: int, stop: int) -> W8A16:
+    """Columns start ... stop - 1, with no bias."""
+    first, last = 0, 1
+    if weight.group:
+        first, last = (weight.phase + start) // weight.group, -(-(weight.phase + stop) // weight.group)
+    scale, offset = weight.scale[:, first:last], weight.offset[:, first:last]
+    phase = weight.phase + start - first * weight.group
+    return W8A16(weight.weight[:, start:stop], scale, offset, None, weight.group, phase)
+
+
+def wide(weight: Quantized | Float | Packed, x_TD: Tensor) -> Tensor:
+    """y before it is rounded to the dtype of x: [T, N] float32."""
+    match weight:
+        case Packed():
+            return torch.cat([wide(part, x_TD) for part in weight.parts], dim=1)
+        case Float():
+            return F.linear(x_TD, weight.weight, weight.bias).float()
+        case W8A16():
+            pieces = [slice(row, row + _ROWS) for row in range(0, max(1, weight.shape[0]), _ROWS)]
+            y_TN = torch.cat([F.linear(x_TD.float(), dequantized(_rows_of(weight, rows))) for rows in pieces], dim=1)
+        case _:
+            exact = unscaled(weight, x_TD)
+            y_TN = exact.total.float() * exact.scale
+    return y_TN if isinstance(weight, W8A8) or weight.bias is None else y_TN + weight.bias.float()
+
+
+def _rows_of(weight: W8A16, rows: slice) -> W8A16:
+    return W8A16(weight.weight[rows], weight.scale[rows], weight.offset[rows], None, weight.group, weight.phase)
+
+
+def leaves(weight: Quantized, x_TD: Tensor, cuts: Cuts, across: Communicator | None = None) -> Tensor:
+    """The sum of each leaf: [leaves, T, N] float32."""
+    if isinstance(weight, W8A16):
+        return torch.stack([wide(columns_of(weight, a, b), x_TD[:, a:b]) for a, b in pairwise(cuts)])
+    x_q, scale = quantized_input(weight, x_TD, across)
+    totals = torch.stack([int_product(x_q[:, a:b], weight.weight[:, a:b]) for a, b in pairwise(cuts)])
+    if isinstance(weight, W8A8):
+        totals[first_leaf(cuts)] += weight.quant_bias
+    return totals.float() * scale
+
+
+def first_leaf(cuts: Cuts) -> int:
+    """The leaf that has the first column."""
+    return next((leaf for leaf, stop in enumerate(cuts[1:]) if stop > 0), 0)
