@@ -144,3 +144,13 @@ class Kernels(Protocol):
         leaves: the experts of each leaf. partial is then [leaves, T, D] float32; the sum of each leaf's experts, in their order,
         is added to its part, and what is returned is [T, D] float32, the leaves added along a binary tree."""
         ...
+
+
+def in_floats(op: Callable[[Tensor], Tensor | Unscaled]) -> Op:
+    """`op`, with a sum that is in integers still scaled on this rank: where it is added to others before the ranks' are."""
+
+    def run(x: Tensor) -> Tensor:
+        partial = op(x)
+        return partial.scaled(partial.total) if isinstance(partial, Unscaled) else partial
+
+    return run

@@ -23,9 +23,13 @@ def assemble(config: ModelConfig, tensors: "Mapping[str, Tensor]", rank: int, gr
     for name, parts in quantized_layers(config):
         weights: list[Quantized | Float] = []
         for part in parts:
-            weights += FORMATS[part.kind].assemble(part, tensors, rank, grid)
             for spec in FORMATS[part.kind].specs(part):
                 del shard[spec.name]
+            if any(tensors[f"{part.own}.weight"].shape):
+                weights += FORMATS[part.kind].assemble(part, tensors, rank, grid)
+        if not weights:  # an expert of other ranks
+            shard[name] = tensors[f"{parts[0].own}.weight"]
+            continue
         first = weights[0]
         shard[name] = first if len(weights) == 1 and not isinstance(first, Float) else Packed(tuple(weights))
     return shard
