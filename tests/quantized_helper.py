@@ -21,13 +21,22 @@ GATE = ("gate.weight", "shared_expert_gate.weight")
 
 class Plain:
     """A Qwen2 or Qwen2-MoE model in float64: each linear layer by its type in `types`, from tensors under the checkpoint's names.
-    Rope is plain. `ranges` has the smallest and largest input of each linear layer that ran, and of keys, values and queries."""
+    Rope is plain. `ranges` has the smallest and largest input of each linear layer that ran, and of keys, values and queries;
+    `margin` is the smallest distance of a rounded value from where it would have been rounded to another integer: where it is
+    large, float32 rounds alike."""
 
     def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], types: dict[str, str], group_size: int = 0) -> None:
         self.config, self.types, self.group_size = config, types, group_size
         self.tensors = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
         self.kv = next((t for t in types.values() if t in ("C8", "FAQuant")), None)
         self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
+        self.margin = 0.5
+
+    def _round(self, x: Tensor) -> Tensor:
+        whole = x.round()
+        within = (x - whole)[(x > -129) & (x < 128)]
+        self.margin = min(self.margin, 0.5 - float(within.abs().max()) if len(within) else 0.5)
+        return whole.clamp(-128, 127)
 
     def logits(self, ids: list[int]) -> Tensor:
         """[T, V]."""
@@ -62,7 +71,7 @@ class Plain:
             return x @ weight.T + bias
         if kind in ("W8A8", "W8A8S"):
             scale, offset = self.tensors[f"{name}.input_scale"], self.tensors[f"{name}.input_offset"]
-            x_q = (x / scale + offset).round().clamp(-128, 127)
+            x_q = self._round(x / scale + offset)
             deq = self.tensors[f"{name}.deq_scale"]
             if deq.dtype == torch.int64:
                 deq = deq.to(torch.int32).view(torch.float32).double()
@@ -70,7 +79,7 @@ class Plain:
         scale, offset = self.tensors[f"{name}.weight_scale"], self.tensors[f"{name}.weight_offset"]
         if kind == "W8A8_DYNAMIC":
             s_x = x.abs().amax(-1, keepdim=True) / 127
-            return ((x / s_x).round() * s_x) @ (weight * scale).T + bias
+            return (self._round(x / s_x) * s_x) @ (weight * scale).T + bias
         assert kind == "W8A16", kind
         group = self.group_size or weight.shape[1]
         of = torch.arange(weight.shape[1]) // group
@@ -102,7 +111,7 @@ class Plain:
             self._see(f"{own}.fa_{n}", x.transpose(1, 2).flatten(0, 1))
 
         def through(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-            return ((x / scale + offset).round().clamp(-128, 127) - offset) * scale
+            return (self._round(x / scale + offset) - offset) * scale
 
         if self.kv == "C8":
             names = [f"{own}.{n}_proj.kv_cache" for n in "kv"]

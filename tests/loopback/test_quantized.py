@@ -1,6 +1,6 @@
 """Proves that checkpoints of every quantized type give the numbers of the documented arithmetic, at any world size.
 
-Logits in float32 are within 2e-3 (relative) of a plain float64 computation, dense and MoE; those of a dense
+Logits in float32 are within 1e-4 (relative) of a plain float64 computation, dense and MoE; those of a dense
 model whose linear layers are all W8A8 are the same bits at every world size.
 """
 
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from tests.models_helper import random_ids, run_workers
-from tests.quantized_helper import Plain, float_checkpoint, quantized_checkpoint
+from tests.quantized_helper import float_checkpoint, quantized_checkpoint
 
-IDS = random_ids(24, 131, 5)
+TOKENS = 12
+MARGIN = 5e-5  # of an integer, several times what float32 errs here
 WORLDS = (1, 2, 3, 4, 8)
 
 
@@ -59,37 +60,38 @@ CASES = {
     "fa3-w8a16": Case(kind="W8A16", how={"kv": "FAQuant"}),
 }
 
-Made = Callable[[str, str], tuple[Path, Tensor]]
+Made = Callable[[str, str], tuple[Path, list[int], Tensor]]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """(folder, logits in float64) of a family and a case by name; made once."""
-    known: dict[tuple[str, str], tuple[Path, Tensor]] = {}
+    """(folder, ids, their logits in float64) of a family and a case by name; made once, with ids of which no value is rounded
+    that lies between two integers."""
+    known: dict[tuple[str, str], tuple[Path, list[int], Tensor]] = {}
 
-    def get(family: str, name: str) -> tuple[Path, Tensor]:
+    def get(family: str, name: str) -> tuple[Path, list[int], Tensor]:
         if (family, name) not in known:
             case, folder = CASES[name], tmp_path_factory.mktemp(f"{family}-{name}")
             sizes = {k: v for k, v in case.config.items() if family == "qwen2_moe" or not k.startswith("moe")}
             source = float_checkpoint(folder / "float", family, 7, **sizes)
-            plain: Plain = quantized_checkpoint(source, folder / "made", case.kind, seed=4, ids=IDS, **case.how)
-            known[family, name] = folder / "made", plain.logits(IDS)
+            for seed in range(200):
+                ids = random_ids(TOKENS, 131, seed)
+                plain = quantized_checkpoint(source, folder / "made", case.kind, seed=seed, ids=ids, **case.how)
+                logits = plain.logits(ids)
+                if plain.margin > MARGIN:
+                    break
+            else:
+                raise AssertionError("no ids without a near tie")
+            known[family, name] = folder / "made", ids, logits
         return known[family, name]
 
     return get
 
 
-def errors(logprobs: Tensor, logits: Tensor) -> Tensor:
-    """Of each row, ascending: relative, of what remains when its mean is taken away (log-probabilities know no more)."""
+def error(logprobs: Tensor, logits: Tensor) -> float:
+    """Of the worst row: relative, of what remains when its mean is taken away (log-probabilities know no more)."""
     a, b = (x.double() - x.double().mean(1, keepdim=True) for x in (logprobs, logits))
-    return ((a - b).norm(dim=1) / b.norm(dim=1)).sort().values
-
-
-def check(logprobs: Tensor, logits: Tensor) -> None:
-    """One row may stand apart: where a value lies between two integers, float32 and float64 may round it to different ones."""
-    rows = errors(logprobs, logits)
-    assert rows[:-1].square().mean().sqrt() < 2e-3
-    assert rows.median() < 1e-4
+    return float(((a - b).norm(dim=1) / b.norm(dim=1)).max())
 
 
 @pytest.mark.parametrize("kernels", ["native", "torch"])
@@ -97,32 +99,31 @@ def check(logprobs: Tensor, logits: Tensor) -> None:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_moe"])
 def test_the_documented_arithmetic(made: Made, family: str, name: str, tp: int, kernels: str) -> None:
-    folder, logits = made(family, name)
-    check(run_workers(folder, tp, IDS, kernels=kernels), logits)
+    folder, ids, logits = made(family, name)
+    assert error(run_workers(folder, tp, ids, kernels=kernels), logits) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w8a16-64", "dynamic"])
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_moe"])
 def test_deterministic_sums(made: Made, family: str, name: str, tp: int) -> None:
-    folder, logits = made(family, name)
-    logprobs = run_workers(folder, tp, IDS, deterministic=True)
-    check(logprobs, logits)
-    assert torch.equal(logprobs, run_workers(folder, 8, IDS, deterministic=True))
+    folder, ids, logits = made(family, name)
+    logprobs = run_workers(folder, tp, ids, deterministic=True)
+    assert error(logprobs, logits) < 1e-4
+    assert torch.equal(logprobs, run_workers(folder, 8, ids, deterministic=True))
 
 
 @pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_w8a8_gives_the_same_bits_at_every_world_size(made: Made, dtype: str, kernels: str) -> None:
-    folder, _ = made("qwen2", "w8a8")
-    one = run_workers(folder, 1, IDS, dtype=dtype, kernels=kernels)
+    folder, ids, _ = made("qwen2", "w8a8")
+    one = run_workers(folder, 1, ids, dtype=dtype, kernels=kernels)
     for tp in WORLDS[1:]:
-        assert torch.equal(run_workers(folder, tp, IDS, dtype=dtype, kernels=kernels), one), tp
+        assert torch.equal(run_workers(folder, tp, ids, dtype=dtype, kernels=kernels), one), tp
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", CASES)
 def test_half_precision(made: Made, name: str, dtype: str) -> None:
-    folder, logits = made("qwen2", name)
-    rows = errors(run_workers(folder, 2, IDS, dtype=dtype), logits)
-    assert rows.square().mean().sqrt() < 0.1
+    folder, ids, logits = made("qwen2", name)
+    assert error(run_workers(folder, 2, ids, dtype=dtype), logits) < 0.15
