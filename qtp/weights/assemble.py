@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 Shard = Mapping[str, "Tensor | Quantized | Packed"]
 
 
-def assemble(config: ModelConfig, tensors: "Mapping[str, Tensor]", rank: int, grid: Grid) -> "dict[str, Tensor | Quantized | Packed]":
+def assemble(
+    config: ModelConfig, tensors: "Mapping[str, Tensor]", rank: int, grid: Grid
+) -> "dict[str, Tensor | Quantized | Packed]":
     """`tensors`, in which each quantized layer has become one weight, under the name that it would have as a float one. ValueError
     naming a tensor whose values cannot be."""
     shard: dict[str, Tensor | Quantized | Packed] = dict(tensors)
@@ -42,7 +44,11 @@ def check_quantization(config: ModelConfig, grid: Grid) -> None:
         return
     for layer in moe.layers:
         experts = [f"model.layers.{layer}.mlp.experts.{e}" for e in range(moe.num_experts)]
-        names = [f"{mlp}.{n}_proj.weight" for mlp in (*experts, f"model.layers.{layer}.mlp.shared_expert") for n in ("gate", "up", "down")]
+        names = [
+            f"{mlp}.{n}_proj.weight"
+            for mlp in (*experts, f"model.layers.{layer}.mlp.shared_expert")
+            for n in ("gate", "up", "down")
+        ]
         kinds = {quantization.type_of(name) for name in names}
         if grid.moe_tp > 1 and "W8A8_DYNAMIC" in kinds:
             raise ValueError(

@@ -137,7 +137,9 @@ def _convert(store: Store, piece: _Piece) -> int:
     values = torch.frombuffer(raw, dtype=stored)
     if stored == torch.int64:
         if not bool((values >> 31 == 0).all()):
-            raise ValueError(f"{store.entries[piece.name].file}: tensor {piece.name} holds integers that are no bits of a float32 above 0")
+            raise ValueError(
+                f"{store.entries[piece.name].file}: tensor {piece.name} holds integers that are no bits of a float32 above 0"
+            )
         values = values.to(torch.int32).view(torch.float32)
     torch.frombuffer(piece.into, dtype=piece.dtype).copy_(values)
     return len(raw)

@@ -51,14 +51,18 @@ def _block(config: ModelConfig, layer: int) -> Iterator[Spec | Layer]:
 
     yield from _norm(quantization, f"{own}.input_norm", f"{theirs}.input_layernorm", hidden)
     yield from _linear(quantization, f"{own}.attention.qkv", *packed, biased=config.qkv_bias)
-    yield from _linear(quantization, f"{own}.attention.o", (f"{theirs}.self_attn.o_proj", (hidden, q_width), QueryHeads(1, heads)))
+    yield from _linear(
+        quantization, f"{own}.attention.o", (f"{theirs}.self_attn.o_proj", (hidden, q_width), QueryHeads(1, heads))
+    )
     yield from _kv_cache(config, f"{own}.attention", f"{theirs}.self_attn")
     yield from _norm(quantization, f"{own}.post_norm", f"{theirs}.post_attention_layernorm", hidden)
     if config.moe is not None and layer in config.moe.layers:
         yield from _moe(config.moe, quantization, hidden, f"{own}.moe", f"{theirs}.mlp")
     else:
         unit = _unit(quantization, f"{theirs}.mlp")
-        yield from _mlp(quantization, f"{own}.mlp", f"{theirs}.mlp", hidden, config.intermediate_size, Even(0, unit), Even(1, unit))
+        yield from _mlp(
+            quantization, f"{own}.mlp", f"{theirs}.mlp", hidden, config.intermediate_size, Even(0, unit), Even(1, unit)
+        )
 
 
 def _moe(moe: MoeConfig, quantization: Quantization | None, hidden: int, own: str, theirs: str) -> Iterator[Spec | Layer]:

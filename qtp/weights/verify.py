@@ -16,7 +16,11 @@ def verify(store: Store, specs: Sequence[Spec], grid: Grid) -> None:
     Raises ValueError naming the first tensor of which this is not so. Reads no data."""
     for spec in specs:
         for part in spec.parts:
-            if part.name.endswith("k_proj.kv_cache_scale") and store.entries.get(part.name, None) and store.entries[part.name].shape in ((), (1,)):
+            if (
+                part.name.endswith("k_proj.kv_cache_scale")
+                and store.entries.get(part.name, None)
+                and store.entries[part.name].shape in ((), (1,))
+            ):
                 raise ValueError(
                     f"{store.entries[part.name].file}: tensor {part.name} is one scale for all channels; keys of this family have "
                     "channels a hundred times as large as others, quantize the checkpoint again with a scale for each channel"
