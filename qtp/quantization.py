@@ -1,5 +1,5 @@
-"""What a checkpoint folder says of its quantization: `quantize` and `quantization_config` of config.json, and the description file
-with the type of each tensor. The format is msModelSlim's. Imports no torch.
+"""What a checkpoint folder says of its quantization: `quantize` and `quantization_config` of config.json, and the description
+file with the type of each tensor. The format is msModelSlim's. Imports no torch.
 """
 
 import json

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models_helper import make_checkpoint, random_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-from models_helper import make_checkpoint, random_ids
 
 GATE = ("gate.weight", "shared_expert_gate.weight")
 
@@ -168,10 +167,11 @@ def quantized_checkpoint(
     apart: bool = False,
     old: bool = False,
 ) -> Plain:
-    """Writes the float checkpoint `source` to `folder` in the type `kind` ("FLOAT", "W8A8", ...), and returns its model in float64.
+    """Writes the float checkpoint `source` to `folder` in the type `kind` ("FLOAT", "W8A8", ...), and returns it in float64.
 
     choose: the type of single layers by their name, where it is not to be `kind`. ids: what the ranges of activations are taken
-    from. anti: with anti-outlier norms. apart: values and up have other input scales than what they are packed with. old: with a description of the older form. No offset, bias or scale is zero."""
+    from. anti: with anti-outlier norms. apart: values and up have other input scales than what they are packed with. old: with a
+    description of the older form. No offset, bias or scale is zero."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     floats = load_file(source / "model.safetensors")
     random = torch.Generator().manual_seed(seed)

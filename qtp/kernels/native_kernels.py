@@ -18,7 +18,7 @@ from qtp.kernels import native_quantized
 from qtp.kernels.extension import native, why_not
 from qtp.kernels.interface import Choose, Cuts, Expert, Experts, Head, Norm, Op
 from qtp.kernels.native_quantized import DTYPES
-from qtp.kernels.quantized import Weight
+from qtp.weights.quantized import Weight
 
 # Tokens from which on torch's matrix product is faster, in float32, bfloat16, float16; measured on 896 x 9728, 4864 x 896, 1536 x
 # 17920 by 1 and 2 threads. With AVX512 it is not: at 512 tokens in bfloat16 it gains up to 3 % at best, and loses more to norms

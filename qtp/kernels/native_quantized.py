@@ -14,9 +14,9 @@ from collectives.communicator import Communicator
 from collectives.tree import tree_sum
 from qtp.kernels.extension import native
 from qtp.kernels.interface import Cuts, Expert, Experts, Kernels, Norm, Op
-from qtp.kernels.quantized import W8A8, W8A16, Float, Packed, Quantized, Unscaled, W8A8Dynamic, Weight, row_part
 from qtp.kernels.torch_kernels import grouped, top
 from qtp.kernels.torch_quantized import columns_of, first_leaf, token_maxima, token_scales
+from qtp.weights.quantized import W8A8, W8A16, Float, Packed, Quantized, Unscaled, W8A8Dynamic, Weight, row_part
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _RUN_DTYPE, _FLOAT, _INTEGER = range(3)  # what comes out of a handle

@@ -39,10 +39,7 @@ def moe(config: MoeConfig, shard: Shard, place: Place, own: str, norm: Norm) -> 
         Expert(*(shard[f"{own}.experts.{e}.{name}.weight"] for name in ("gate_up", "down"))) for e in range(config.num_experts)
     ]
     down, cuts = shard[f"{own}.shared.down.weight"], place.cuts.get(f"{own}.shared.down.weight")
-    if cuts is None:
-        shared_down = in_floats(kernels.linear(down, across=place.comm))
-    else:
-        shared_down = kernels.linear_leaves(down, cuts, place.comm)
+    row = kernels.linear(down, across=place.comm) if cuts is None else kernels.linear_leaves(down, cuts, place.comm)
     shared = shard[f"{own}.shared.gate_up.weight"]
     anti = norm.anti if not isinstance(shared, Tensor) else None
     leaves = None if cuts is None else leaf_experts(config.num_experts, place.rank, place.grid)
@@ -52,7 +49,7 @@ def moe(config: MoeConfig, shard: Shard, place: Place, own: str, norm: Norm) -> 
         router=kernels.linear(shard[f"{own}.router.weight"]),
         choose=kernels.choose(config.top_k, config.norm_topk_prob),
         experts=kernels.experts({e: expert for e, expert in enumerate(weights) if all(expert.down.shape)}, leaves),
-        shared=GatedMLP(kernels.gated(shared), shared_down),
+        shared=in_floats(GatedMLP(kernels.gated(shared), row)),
         shared_gate=kernels.linear(shard[f"{own}.shared_gate.weight"]),
         scale=kernels.scale,
     )

@@ -1,27 +1,25 @@
 """From the loaded tensors of a quantized checkpoint to what the model files take. Imports no torch."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qtp.config import ModelConfig
-from qtp.kernels.quantized import Float, Packed, Quantized
 from qtp.layout.split import Grid
 from qtp.quantization import FLOAT
 from qtp.weights.formats import FORMATS
 from qtp.weights.names import quantized_layers
+from qtp.weights.quantized import Float, Packed, Quantized
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Shard = Mapping[str, "Tensor | Quantized | Packed"]
+Shard = Mapping[str, Any]  # a Tensor, or of a linear layer a Quantized or Packed weight
 
 
-def assemble(
-    config: ModelConfig, tensors: "Mapping[str, Tensor]", rank: int, grid: Grid
-) -> "dict[str, Tensor | Quantized | Packed]":
-    """`tensors`, in which each quantized layer has become one weight, under the name that it would have as a float one. ValueError
-    naming a tensor whose values cannot be."""
-    shard: dict[str, Tensor | Quantized | Packed] = dict(tensors)
+def assemble(config: ModelConfig, tensors: "Mapping[str, Tensor]", rank: int, grid: Grid) -> "Shard":
+    """`tensors`, in which each quantized layer has become one weight, under the name that it would have as a float one.
+    ValueError naming a tensor whose values cannot be."""
+    shard: dict[str, Any] = dict(tensors)
     for name, parts in quantized_layers(config):
         weights: list[Quantized | Float] = []
         for part in parts:
@@ -59,6 +57,6 @@ def check_quantization(config: ModelConfig, grid: Grid) -> None:
         inputs = {quantization.type_of(name) for name in names if "down_proj" not in name}
         if anti and FLOAT in inputs and len(inputs) > 1:
             raise ValueError(
-                f"{quantization.source}: layer {layer} has an anti-outlier norm, and of its experts some are float and some are not; "
-                "quantize it again with all of them in one form"
+                f"{quantization.source}: layer {layer} has an anti-outlier norm, and of its experts some are float and some are "
+                "not; quantize it again with all of them in one form"
             )

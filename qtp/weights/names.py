@@ -10,7 +10,7 @@ from itertools import groupby
 from qtp.config import ModelConfig, MoeConfig
 from qtp.layout.spec import FLOAT32, RUN, Part, Spec
 from qtp.layout.split import Even, Expert, KVHeads, QueryHeads, Replicate, Split
-from qtp.quantization import C8, FLOAT, Quantization
+from qtp.quantization import C8, FAQUANT, FLOAT, Quantization
 from qtp.weights.formats import FORMATS, Linear
 
 Layer = tuple[str, tuple[Linear, ...]]  # its weight's name in the running model, and its parts by format
@@ -124,15 +124,16 @@ def _kv_cache(config: ModelConfig, own: str, theirs: str) -> Iterator[Spec]:
         return
     heads = config.heads
     query, kv = QueryHeads(0, heads), KVHeads(0, heads)
+    channels, kv_heads = (config.num_kv_heads * config.head_dim,), (config.num_kv_heads, 1)
     for word in ("scale", "offset"):
-        if config.quantization.kv_cache == C8:
-            width = (config.num_kv_heads * config.head_dim,)
-            of = {n: (f"{theirs}.{n[0]}_proj.kv_cache_{word}", width, kv) for n in ("key", "value")}
-        else:
-            of = {n: (f"{theirs}.fa_{n[0]}.{word}", (config.num_kv_heads, 1), kv) for n in ("key", "value")}
-            of["query"] = (f"{theirs}.fa_q.{word}", (config.num_heads, 1), query)
-        for name, part in of.items():
-            yield Spec(f"{own}.{name}_{word}", (Part(*part),), FLOAT32)
+        for name in ("key", "value"):
+            if config.quantization.kv_cache == C8:
+                part = Part(f"{theirs}.{name[0]}_proj.kv_cache_{word}", channels, kv)
+            else:
+                part = Part(f"{theirs}.fa_{name[0]}.{word}", kv_heads, kv)
+            yield Spec(f"{own}.{name}_{word}", (part,), FLOAT32)
+        if config.quantization.kv_cache == FAQUANT:
+            yield Spec(f"{own}.query_{word}", (Part(f"{theirs}.fa_q.{word}", (config.num_heads, 1), query),), FLOAT32)
 
 
 def _unit(quantization: Quantization | None, mlp: str) -> int:

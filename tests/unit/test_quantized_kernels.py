@@ -21,9 +21,9 @@ from qtp.kernels.extension import native
 from qtp.kernels.interface import Expert, Norm
 from qtp.kernels.native_kernels import NativeKernels
 from qtp.kernels.native_quantized import Handle
-from qtp.kernels.quantized import W8A8, W8A16, Float, Packed, Quantized, Unscaled, W8A8Dynamic
 from qtp.kernels.torch_kernels import TorchKernels, top
 from qtp.kernels.torch_quantized import int_product
+from qtp.weights.quantized import W8A8, W8A16, Float, Packed, Quantized, Unscaled, W8A8Dynamic
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}

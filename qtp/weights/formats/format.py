@@ -6,9 +6,9 @@ from itertools import pairwise
 from math import isfinite
 from typing import TYPE_CHECKING, Protocol
 
-from qtp.kernels.quantized import Float, Quantized
 from qtp.layout.spec import RUN, Part, Spec
 from qtp.layout.split import Grid, OfRows, Split
+from qtp.weights.quantized import Float, Quantized
 
 if TYPE_CHECKING:
     from torch import Tensor
