@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from qtp.layout.coverage import check_covered
 from qtp.layout.spec import Spec
 from qtp.layout.split import Grid
-from qtp.weights.store import Store
+from qtp.weights.checkpoint import Checkpoint
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def verify(store: Store, specs: Sequence[Spec], grid: Grid) -> None:
+def verify(store: Checkpoint, specs: Sequence[Spec], grid: Grid) -> None:
     """Checks that every tensor is there in its shape, in a floating-point dtype, and that the boxes of all ranks cover it.
     Raises ValueError naming the first tensor of which this is not so. Reads no data."""
     for spec in specs:

@@ -18,9 +18,9 @@ from qtp.kv.cache import KVCache
 from qtp.layout.leaves import row_cuts
 from qtp.layout.split import even
 from qtp.models import FAMILIES, Place
+from qtp.weights.checkpoint import open_checkpoint
 from qtp.weights.loader import load
 from qtp.weights.names import declare
-from qtp.weights.store import Store
 from qtp.weights.verify import verify
 from qtp.wire.messages import Chunk, Ready, StepPlan, StepResult, TokenLogprobs
 from qtp.worker.sampling import PROMPT_TILE, Sampler, as_sample
@@ -43,7 +43,7 @@ class Worker:
         assert config.num_kv_blocks is not None
         grid, dtype, device = config.grid(), getattr(torch, config.dtype), comm.device
         specs = declare(model_config)
-        with Store(Path(config.model)) as store:
+        with open_checkpoint(Path(config.model), grid, comm.rank) as store:
             verify(store, specs, grid)
             shard = load(store, specs, comm.rank, grid, dtype, device, progress)
         query, kv = model_config.heads.query(comm.rank, grid), model_config.heads.kv(comm.rank, grid)
