@@ -1,4 +1,4 @@
-"""Fills the tensors of one rank from a Store: each byte is read once, straight to where it stays.
+"""Fills the tensors of one rank from a checkpoint: each byte is read once, straight to where it stays.
 
 Weights are not used from a mapped file: a file that shrinks under a mapping ends the process by a signal, and a core reads huge
 pages 8 to 10 % faster than a mapped file's (rows by AVX-512 loads over 0.9 GB; 1 and 2 threads, medians of interleaved rounds).
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from qtp.layout.spec import FLOAT32, INT8, INT32, SCALE_BITS, Spec
 from qtp.layout.split import Box, Grid, elements
-from qtp.weights.store import ITEM_SIZE, Store
+from qtp.weights.checkpoint import Checkpoint
+from qtp.weights.store import ITEM_SIZE
 
 Shard = dict[str, Tensor]
 
@@ -45,7 +46,7 @@ class _Piece:
 
 
 def load(
-    store: Store,
+    store: Checkpoint,
     specs: Sequence[Spec],
     rank: int,
     grid: Grid,
@@ -70,7 +71,7 @@ def load(
     return shard
 
 
-def _laid_out(store: Store, specs: Sequence[Spec], rank: int, grid: Grid, dtype: torch.dtype) -> tuple[Shard, list[_Piece]]:
+def _laid_out(store: Checkpoint, specs: Sequence[Spec], rank: int, grid: Grid, dtype: torch.dtype) -> tuple[Shard, list[_Piece]]:
     """Tensors without their values yet, and the pieces that fill them."""
     starts = [0]
     for spec in specs:
@@ -116,7 +117,7 @@ def _cut(box: Box, most: int) -> Iterator[Box]:
         yield (range(first, min(first + step, rows.stop)), *rest)
 
 
-def _fill(store: Store, pieces: Sequence[_Piece], readers: ThreadPoolExecutor, progress: Callable[[int], None]) -> None:
+def _fill(store: Checkpoint, pieces: Sequence[_Piece], readers: ThreadPoolExecutor, progress: Callable[[int], None]) -> None:
     as_stored = [piece for piece in pieces if _STORED[store.entries[piece.name].dtype] == piece.dtype]
     for count in readers.map(lambda piece: _read(store, piece), as_stored):
         progress(count)
@@ -125,12 +126,12 @@ def _fill(store: Store, pieces: Sequence[_Piece], readers: ThreadPoolExecutor, p
             progress(_convert(store, piece))
 
 
-def _read(store: Store, piece: _Piece) -> int:
+def _read(store: Checkpoint, piece: _Piece) -> int:
     store.read_into(piece.name, piece.box, piece.into)
     return piece.into.nbytes
 
 
-def _convert(store: Store, piece: _Piece) -> int:
+def _convert(store: Checkpoint, piece: _Piece) -> int:
     stored = _STORED[store.entries[piece.name].dtype]
     raw = bytearray(elements(piece.box) * stored.itemsize)
     store.read_into(piece.name, piece.box, memoryview(raw))
