@@ -101,12 +101,13 @@ void run_int8(const Int8Linear& linear, const void* x, size_t tokens, size_t x_s
   const size_t in_item = kItemBytes[int(linear.dtype)], out_item = form == Form::kDType ? in_item : 4;
   for (size_t first = 0; first < tokens; first += kMostInt8Tokens) {
     const size_t count = tokens - first < kMostInt8Tokens ? tokens - first : kMostInt8Tokens;
-    void* memory = scratch(kernels.bytes(linear, count));
-    parallel(threads_for(linear, count), [&](int thread, int all) {
+    const int most = threads_for(linear, count);
+    void* memory = scratch(kernels.bytes(linear, count, most));
+    parallel(most, [&](int thread, int all) {
       kernels.lay(linear, static_cast<const char*>(x) + first * x_stride * in_item, count, x_stride,
                   maxima == nullptr ? nullptr : maxima + first, memory, share(count, thread, all));
       if (all > 1) meet();
-      kernels.run(linear, count, memory, static_cast<char*>(out) + first * out_stride * out_item, out_stride, form,
+      kernels.run(linear, count, memory, thread, static_cast<char*>(out) + first * out_stride * out_item, out_stride, form,
                   share(linear.rows, thread, all, kUnit));
     });
   }

@@ -4,6 +4,7 @@
 // put(to, x, scale, offset): kLanes elements of x as they are multiplied. kRows x kTokens sums stay in registers; kAlone, kFew: rows
 // for one token, and for two.
 
+constexpr int kAlone = 4, kFew = 4;
 constexpr int kRows = QTP_AVX512 ? 4 : 2;
 constexpr int kTokens = QTP_AVX512 ? 6 : 5;
 
@@ -85,7 +86,6 @@ struct Integers : Exact {
   using V = __m512i;
   static constexpr size_t step = 4 * kLanes;
   static constexpr bool shifted = true;
-  static constexpr int kAlone = 4, kFew = 4;
   static QTP_INLINE V weight(const int8_t* w) { return read<V>(w); }
   static QTP_INLINE V weight(const int8_t* w, size_t n) { return padded<V>(w, n); }
   static QTP_INLINE V token(const X* x) { return read<V>(x); }
@@ -102,7 +102,6 @@ struct Integers : Exact {
   using V = Words;
   static constexpr size_t step = 2 * kLanes;
   static constexpr bool shifted = false;
-  static constexpr int kAlone = 4, kFew = 4;
   static QTP_INLINE V weight(const int8_t* w) {
 #if QTP_AVX512
     return (V)_mm512_cvtepi8_epi16(read<__m256i>(w));
@@ -139,7 +138,6 @@ struct Floats {
   using V = F;
   static constexpr size_t step = kLanes;
   static constexpr bool integer = false, shifted = false;
-  static constexpr int kAlone = 8, kFew = 4;
   static QTP_INLINE Sum plus(Sum a, Sum b) { return a + b; }
   static QTP_INLINE V weight(const int8_t* w) {
 #if QTP_AVX512
