@@ -44,7 +44,7 @@ struct Int8Linear {
 void run_int8(const Int8Linear& linear, const void* x, size_t tokens, size_t x_stride, const float* maxima, void* out, size_t out_stride,
               Form form);
 
-// Whether this processor multiplies unsigned bytes with signed ones (AVX512-VNNI).
+// Whether this processor multiplies unsigned bytes with signed ones (AVX512-VNNI or AVX-VNNI).
 bool has_vnni();
 
 // to[r] = the sum of row r of W.

@@ -10,6 +10,7 @@ constexpr int kTokens = QTP_AVX512 ? 6 : 5;
 
 typedef int8_t B __attribute__((vector_size(kLanes)));
 typedef uint8_t UB __attribute__((vector_size(kLanes)));
+typedef int8_t Bytes __attribute__((vector_size(4 * kLanes)));
 typedef int16_t HalfWords __attribute__((vector_size(2 * kLanes)));
 typedef int16_t Words __attribute__((vector_size(4 * kLanes)));
 typedef int8_t WordBytes __attribute__((vector_size(2 * kLanes)));
@@ -83,13 +84,19 @@ struct Exact {
 // is too much, and is taken off at the end: `shifted`.
 struct Integers : Exact {
   using X = uint8_t;
-  using V = __m512i;
+  using V = Bytes;
   static constexpr size_t step = 4 * kLanes;
   static constexpr bool shifted = true;
   static QTP_INLINE V weight(const int8_t* w) { return read<V>(w); }
   static QTP_INLINE V weight(const int8_t* w, size_t n) { return padded<V>(w, n); }
   static QTP_INLINE V token(const X* x) { return read<V>(x); }
-  static QTP_INLINE I dot(I acc, V w, V x) { return (I)_mm512_dpbusd_epi32((__m512i)acc, x, w); }
+  static QTP_INLINE I dot(I acc, V w, V x) {
+#if QTP_AVX512
+    return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)x, (__m512i)w);
+#else
+    return (I)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)x, (__m256i)w);
+#endif
+  }
   static QTP_INLINE void put(X* to, F x, F scale, float offset) {
     const UB y = __builtin_convertvector(quantized(x, scale, offset) + 128, UB);
     __builtin_memcpy(to, &y, sizeof y);
