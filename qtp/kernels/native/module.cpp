@@ -10,7 +10,7 @@
 namespace qtp {
 namespace {
 
-constexpr long kInterface = 1;          // raised when a signature changes: an old build is then told from a new one
+constexpr long kInterface = 2;          // raised when a signature changes: an old build is then told from a new one
 constexpr size_t kWorthAThread = 32768;  // elements
 
 int threads_for_rows(size_t rows, size_t width) {
