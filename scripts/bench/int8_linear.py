@@ -23,7 +23,7 @@ sys.path.remove(str(Path(__file__).resolve().parent))  # where another collectiv
 
 from qtp.kernels.interface import Kernels
 from qtp.kernels.native_kernels import NativeKernels
-from qtp.kernels.quantized import W8A8, W8A16, Quantized, W8A8Dynamic
+from qtp.weights.quantized import W8A8, W8A16, Quantized, W8A8Dynamic
 
 SHAPES = ((9728, 896), (896, 4864), (151936, 896))
 ENOUGH = 128 * 2**20  # bytes, which no cache holds
