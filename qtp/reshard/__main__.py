@@ -11,6 +11,7 @@ A may be a Hugging Face folder (safetensors or .bin), parts, or a folder with Mi
 import argparse
 import re
 import sys
+import threading
 from collections.abc import Callable
 from math import inf
 from pathlib import Path
@@ -78,7 +79,7 @@ def command(argv: list[str] | None) -> int:
             memory=memory,
             workers=args.workers,
         )
-        with bars() as bar:
+        with Bars() as bar:
             outcome = reshard(request, bar)
         if outcome.kept:
             more = f" and {len(outcome.kept) - 1} more" if len(outcome.kept) > 1 else ""
@@ -88,7 +89,7 @@ def command(argv: list[str] | None) -> int:
         print(f"{args.save_directory}: {outcome.tensors} tensors, {outcome.bytes} bytes in {outcome.files} files, {was}")
     if args.verify:
         target = args.save_directory or source
-        with bars() as bar:
+        with Bars() as bar:
             if args.save_directory is None:
                 parts = verified(target, None, memory, args.workers, bar)
             else:
@@ -99,11 +100,12 @@ def command(argv: list[str] | None) -> int:
     return 0
 
 
-class bars:
-    """Progress bars on a terminal's stderr, one after the other."""
+class Bars:
+    """Progress bars on a terminal's stderr, one after the other. Threads may share them."""
 
     def __enter__(self) -> Callable[[int, str], Callable[[int], None]]:
         self._open: list[tqdm[Any]] = []
+        self._lock = threading.Lock()
         return self._next
 
     def _next(self, total: int, what: str) -> Callable[[int], None]:
@@ -111,7 +113,8 @@ class bars:
         bar = self._open[-1]
 
         def told(count: int) -> None:
-            bar.update(count)
+            with self._lock:
+                bar.update(count)
 
         return told
 

@@ -17,7 +17,7 @@ from qtp.reshard.cut import DIGEST_WIDTH, FLOATS, Job, Output, in_files, in_part
 from qtp.reshard.journal import Journal, differing
 from qtp.reshard.transfer import Convert, Transfer, as_it_is, write_fully
 from qtp.weights.checkpoint import Checkpoint, open_checkpoint
-from qtp.weights.manifest import MANIFEST, Held, HeldFile, Manifest, grid_words
+from qtp.weights.manifest import JOURNAL, MANIFEST, Held, HeldFile, Manifest, grid_words
 from qtp.weights.mindformers import is_mindformers, unstacked
 from qtp.weights.names import declare
 from qtp.weights.parts import Parts, header_digest
@@ -211,6 +211,7 @@ def _is_finished(request: Request, words: dict[str, Any]) -> bool:
         return False
     differing(request.target, manifest.request, words, "a finished reshard")
     Parts(request.target, manifest)
+    (request.target / JOURNAL).unlink(missing_ok=True)  # where the end came between the two
     return True
 
 
@@ -229,10 +230,6 @@ def _write(
     lock, written = threading.Lock(), 0
     sums: dict[str, list[str]] = {}
 
-    def told(count: int) -> None:
-        with lock:
-            progress(count)
-
     def done(job: Job, found: list[str]) -> None:
         nonlocal written
         journal.add(job.name, found)
@@ -243,11 +240,11 @@ def _write(
     try:
         descriptors = folder.opened(request.target, outputs)
         transfer = Transfer(source, descriptors, chunk, request.workers, converter(request.dtype is not None))
-        good = transfer.checked(jobs, journal.done, told)
+        good = transfer.checked(jobs, journal.done, progress)
         sums.update((name, journal.done[name]) for name in good)
         entries = source.entries
         order = sorted(jobs, key=lambda job: (entries[job.sources[0]].file, entries[job.sources[0]].offset))
-        transfer.run([job for job in order if job.name not in good], done, told)
+        transfer.run([job for job in order if job.name not in good], done, progress)
         source.check_unchanged()
         _finish(request, outputs, jobs, sums, descriptors, small, words)
     finally:
