@@ -5,8 +5,8 @@ from torch import Tensor
 
 from qtp.kernels.extension import native, why_not
 from qtp.kernels.interface import Op
-from qtp.weights.quantized import W8A8SC
 from qtp.weights.codec import decompress
+from qtp.weights.quantized import W8A8SC
 
 
 def torch_products(weight: W8A8SC) -> Op:

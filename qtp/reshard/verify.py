@@ -11,6 +11,7 @@ import xxhash
 from qtp.layout.split import Box, elements
 from qtp.reshard.transfer import Convert, pieces
 from qtp.weights.checkpoint import Checkpoint
+from qtp.weights.compressed import store_of
 from qtp.weights.manifest import MANIFEST, HeldFile, Manifest
 from qtp.weights.parts import Parts
 from qtp.weights.store import ITEM_SIZE, Store, read_header
@@ -80,7 +81,7 @@ def check_equal(
 
 def _stored(parts: Parts) -> list[tuple[HeldFile, Store]]:
     """The files of a folder, under the names that the files themselves have."""
-    return [(file, Store(parts.folder, entries=read_header(parts.folder / file.path)[0])) for file in parts.manifest.files]
+    return [(file, store_of(parts.folder, read_header(parts.folder / file.path)[0])) for file in parts.manifest.files]
 
 
 def _read(source: Checkpoint, name: str, box: Box) -> memoryview:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from qtp.layout.split import Box, Grid
+from qtp.weights.compressed import Stream
 from qtp.weights.manifest import JOURNAL, Manifest, grid_words
 from qtp.weights.mindformers import is_mindformers, unstacked
 from qtp.weights.parts import Parts
@@ -25,6 +26,8 @@ class Checkpoint(Protocol):
     def check(self, name: str, shape: tuple[int, ...]) -> Entry: ...
 
     def read_into(self, name: str, box: Box, buffer: memoryview) -> None: ...
+
+    def stream(self, name: str, box: Box) -> Stream: ...
 
     def check_unchanged(self) -> None: ...
 

@@ -91,6 +91,15 @@ def check(data: Tensor, index: Tensor, info: Tensor, shape: tuple[int, int]) -> 
     _checked(data, index, info, shape)
 
 
+def expanded(data: bytearray, index: bytearray, info: bytearray, shape: tuple[int, int]) -> NDArray[np.int8]:
+    """The matrix of a stream in raw bytes. ValueError as `check`."""
+    bytes_, entries = (torch.frombuffer(raw, dtype=torch.int8) for raw in (data, index))
+    numbers = torch.frombuffer(info, dtype=torch.int64)
+    check(bytes_, entries, numbers, shape)
+    whole: NDArray[np.int8] = decompress(bytes_, entries, numbers).numpy()
+    return whole
+
+
 def cut(data: Tensor, index: Tensor, info: Tensor, start: int, stop: int) -> Compressed:
     """Rows start ... stop - 1 of a stream, by slicing bytes. Both must be multiples of 16, or n; the stream must be one that
     `check` accepts."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtp.layout.spec import FLOAT32, INT8, INT32, SCALE_BITS, Spec
+from qtp.layout.spec import COMPRESSED, FLOAT32, INT8, INT32, SCALE_BITS, Spec
 from qtp.layout.split import Box, Grid, elements
+from qtp.weights import codec
 from qtp.weights.checkpoint import Checkpoint
 from qtp.weights.store import ITEM_SIZE
 
@@ -28,6 +29,7 @@ _STORED = {
     "I32": torch.int32,
     "I8": torch.int8,
 }
+_STREAM = (torch.int8, torch.int8, torch.int64)
 _HELD = {FLOAT32: torch.float32, INT8: torch.int8, INT32: torch.int32, SCALE_BITS: torch.float32}
 
 _PIECE = 8 << 20  # bytes of a read, and of what is converted at once
@@ -62,8 +64,10 @@ def load(
     shard: Shard = {}
     try:
         for group in [specs] if device.type == "cpu" else [[spec] for spec in specs]:
-            tensors, pieces = _laid_out(store, group, rank, grid, dtype)
+            tensors, pieces = _laid_out(store, [spec for spec in group if spec.dtype != COMPRESSED], rank, grid, dtype)
             _fill(store, pieces, readers, progress)
+            for spec in (spec for spec in group if spec.dtype == COMPRESSED):
+                tensors |= _streams(store, spec, rank, grid, progress)
             shard.update((name, x.to(device)) for name, x in tensors.items())
     finally:
         readers.shutdown(cancel_futures=True)
@@ -91,6 +95,26 @@ def _laid_out(store: Checkpoint, specs: Sequence[Spec], rank: int, grid: Grid, d
         flat = torch.frombuffer(memory, dtype=held, count=count, offset=start) if count else torch.empty(0, dtype=held)
         tensors[spec.name] = flat.view(spec.shape(rank, grid))
     return tensors, pieces
+
+
+def _streams(store: Checkpoint, spec: Spec, rank: int, grid: Grid, progress: Callable[[int], None]) -> Shard:
+    """The parts of a compressed weight, each by itself: data, index and info of part i are `spec.name`.i.data and so on."""
+    tensors = {spec.name: torch.empty(0, 0, dtype=torch.int8)}
+    for i, part in enumerate(spec.parts):
+        box = part.split.box(part.shape, rank, grid)
+        shape = len(box[0]), len(box[1])
+        if elements(box):
+            raw = store.stream(part.name, box)
+            data, index, info = (torch.frombuffer(x, dtype=d) for x, d in zip(raw, _STREAM, strict=True))
+            progress(sum(map(len, raw)))
+            try:
+                codec.check(data, index, info, shape)
+            except ValueError as error:
+                raise ValueError(f"{store.folder}: {part.name}: {error}; compress the checkpoint again") from None
+        else:
+            data, index, info = codec.compress(torch.empty(shape, dtype=torch.int8))
+        tensors |= {f"{spec.name}.{i}.{name}": x for name, x in (("data", data), ("index", index), ("info", info))}
+    return tensors
 
 
 def _memory(size: int) -> mmap.mmap:

@@ -12,6 +12,7 @@ digest      SHA-256 of all the rest
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,7 @@ class Manifest:
             "names": self.names,
             "grid": self.grid,
             "request": self.request,
-            "files": [
-                {"path": f.path, "size": f.size, "header": f.header, "tensors": {n: _told(held) for n, held in f.tensors.items()}}
-                for f in self.files
-            ],
+            "files": [_told_file(file) for file in self.files],
         }
 
     @classmethod
@@ -93,15 +91,7 @@ class Manifest:
                 names=content["names"],
                 grid={key: int(n) for key, n in content["grid"].items()},
                 request=dict(content["request"]),
-                files=tuple(
-                    HeldFile(
-                        path=f["path"],
-                        size=f["size"],
-                        header=f["header"],
-                        tensors={name: _heard(held) for name, held in f["tensors"].items()},
-                    )
-                    for f in content["files"]
-                ),
+                files=tuple(_heard_file(file) for file in content["files"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path}: malformed ({type(error).__name__}: {error}); {_AGAIN}") from None
@@ -117,6 +107,25 @@ _AGAIN = "write the folder again with python -m qtp.reshard"
 def grid_words(grid: Grid, *, sparse: bool) -> dict[str, int]:
     """A grid as a manifest has it; sparse: the model has experts."""
     return {"tp": grid.size, **({"moe_ep": grid.moe_ep, "moe_tp": grid.moe_tp} if sparse else {})}
+
+
+def told_files(files: Sequence[HeldFile]) -> bytes:
+    """As they travel between ranks."""
+    return json.dumps([_told_file(file) for file in files]).encode()
+
+
+def heard_files(told: bytes) -> list[HeldFile]:
+    return [_heard_file(file) for file in json.loads(told)]
+
+
+def _told_file(file: HeldFile) -> dict[str, Any]:
+    tensors = {name: _told(held) for name, held in file.tensors.items()}
+    return {"path": file.path, "size": file.size, "header": file.header, "tensors": tensors}
+
+
+def _heard_file(told: dict[str, Any]) -> HeldFile:
+    tensors = {name: _heard(held) for name, held in told["tensors"].items()}
+    return HeldFile(path=told["path"], size=told["size"], header=told["header"], tensors=tensors)
 
 
 def _told(held: Held) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from qtp.layout.split import Box, elements
+from qtp.weights.compressed import CompressedStore, Stream, store_of
 from qtp.weights.manifest import MANIFEST, HeldFile, Manifest
 from qtp.weights.mindformers import from_mindformers, is_stack, unstacked
 from qtp.weights.store import ITEM_SIZE, Entry, Store, checked, read_header, runs
@@ -80,6 +81,13 @@ class Parts:
             for start, count, at in places:
                 buffer[start * item : (start + count) * item] = raw[at * item : (at + count) * item]
 
+    def stream(self, name: str, box: Box) -> Stream:
+        """The compressed weight of a rank that holds just this box."""
+        for piece in self.pieces[name]:
+            if piece.box == box and isinstance(piece.store, CompressedStore):
+                return piece.store.stream(name, tuple(range(len(r)) for r in box))
+        raise ValueError(f"{self.folder}: tensor {name} is not compressed for these ranks; run qtp.sparse_compressor for them")
+
     def cells(self, name: str) -> list[tuple[Box, Piece]]:
         """Boxes that cover the whole tensor and do not overlap, each with a piece that holds it. ValueError if there are none."""
         if name not in self._cells:
@@ -117,14 +125,15 @@ def _open(folder: Path, file: HeldFile, names: str) -> Store:
         raise ValueError(f"{path}: truncated or replaced: it has {size} bytes, the part {told} has {file.size}; copy it again")
     if header_digest(path) != file.header:
         raise ValueError(f"{path}: is not the part {told} but one of another cut or another source; copy the right one")
-    entries, _ = read_header(path)
+    store = store_of(folder, read_header(path)[0])
+    entries = store.entries
     for name, held in file.tensors.items():
         entry = entries.get(name)
         if entry is None or (entry.dtype, entry.shape) != (held.dtype, tuple(len(r) for r in held.box)):
             raise ValueError(f"{path}: tensor {name} is not as {folder / MANIFEST} says; cut the checkpoint again")
     if names == "mindformers":
-        entries = unstacked(entries, {name: held.box[0].start for name, held in file.tensors.items() if is_stack(name)})
-    return Store(folder, entries=entries)
+        store.entries = unstacked(entries, {name: held.box[0].start for name, held in file.tensors.items() if is_stack(name)})
+    return store
 
 
 def header_digest(file: Path) -> str:

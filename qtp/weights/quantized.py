@@ -126,5 +126,5 @@ class Unscaled:
 def row_part(weight: Quantized | Float) -> Weight:
     """A weight, or a part of one, as a row linear takes it: without a float bias, which at every world size would be rounded in
     other places."""
-    assert isinstance(weight, W8A8) or weight.bias is None, "a row linear with a float bias"
+    assert isinstance(weight, W8A8 | W8A8SC) or weight.bias is None, "a row linear with a float bias"
     return weight.weight if isinstance(weight, Float) else weight

@@ -100,6 +100,12 @@ class Store:
         with self._lock:
             self.bytes_read += buffer.nbytes
 
+    def stream(self, name: str, box: Box) -> tuple[bytearray, bytearray, bytearray]:
+        raise ValueError(
+            f"{self.folder}: tensor {name} is not compressed for these ranks; compressed weights lie in parts, which "
+            "qtp.sparse_compressor makes"
+        )
+
     def check_unchanged(self) -> None:
         """Raises ValueError if a file that was read from is not as it was when its header was read."""
         for file, descriptor in self._descriptors.items():

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from qtp.kernels.extension import native
-from qtp.weights.quantized import W8A8SC
 from qtp.kernels.sparse import native_products, torch_products
 from qtp.weights import codec
+from qtp.weights.quantized import W8A8SC
 
 ISAS = tuple(enumerate(native.isas()))
 
