@@ -22,6 +22,7 @@ PARITY = ("tests/loopback/test_parity.py",)
 BATCHING = ("tests/loopback/test_batching.py",)
 DETERMINISTIC = ("tests/loopback/test_deterministic.py",)
 KERNEL_TESTS = ("tests/unit/test_native_kernels.py",)
+QUANTIZED_TESTS = ("tests/unit/test_quantized_kernels.py",)
 ATTENTION_TESTS = ("tests/unit/test_native_attention.py",)
 LAYOUT = ("tests/unit/test_layout.py",)
 SHM = ("tests/conformance/test_shm.py",)
@@ -62,6 +63,7 @@ SPLIT, BATCH, EMBED = "qtp/layout/split.py", "qtp/batch.py", "qtp/layers/embeddi
 SAMPLING, ATTENTION, SCHEDULER = "qtp/worker/sampling.py", "qtp/attention/torch_backend.py", "qtp/engine/scheduler.py"
 ENGINE, ROPE, LOADER = "qtp/engine/engine.py", "qtp/layers/rope.py", "qtp/weights/loader.py"
 TREE = "collectives/tree.py"
+TORCH_QUANTIZED, NATIVE_QUANTIZED = "qtp/kernels/torch_quantized.py", "qtp/kernels/native_quantized.py"
 ISAS = native.isas() if native is not None else ()
 
 MUTANTS = (
@@ -184,6 +186,27 @@ MUTANTS = (
            "value[place] = y;\n  index[place] = i + 1 - 1;\n  if (place > 0 && value[place - 1] == y) index[place - 1] = i;", KERNEL_TESTS),
     mutant("an expert's outputs go to the first tokens", KERNELS + "experts.cpp", "sums.get() + order.get()[i].token * width",
            "sums.get() + (i - at) * width", KERNEL_TESTS),
+    mutant("an input offset is taken off instead of added", KERNELS + "int8_ops.inl", "F y = x / scale + offset;", "F y = x / scale - offset;",
+           QUANTIZED_TESTS),
+    mutant("half an integer is rounded up", KERNELS + "int8_ops.inl", "return (I)(y + 12582912.0f) - 0x4B400000;",
+           "return __builtin_convertvector(y + 128.5f, I) - 128;", QUANTIZED_TESTS),
+    mutant("128 times the sum of a row is left in", KERNELS + "int8.inl", "if (Op::shifted) total -= ints_up_to(linear.sums + at, n) << 7;", "",
+           QUANTIZED_TESTS, "avx512bf16"),
+    mutant("two products saturate", KERNELS + "int8_ops.inl", "_mm256_madd_epi16((__m256i)w, (__m256i)x)",
+           "_mm256_srai_epi32(_mm256_madd_epi16(_mm256_adds_epi16(_mm256_mullo_epi16((__m256i)w, (__m256i)x), "
+           "_mm256_mullo_epi16((__m256i)w, (__m256i)x)), _mm256_set1_epi16(1)), 1)", QUANTIZED_TESTS, "avx2"),
+    mutant("what lies behind a row of int8 counts", KERNELS + "int8_ops.inl", "for (size_t i = 0; i < n; ++i) y[i] = w[i];",
+           "for (size_t i = 0; i < n + (n < sizeof(V)); ++i) y[i] = w[i];", QUANTIZED_TESTS),
+    mutant("a group ends one column late", KERNELS + "int8.inl", "linear.group - linear.phase : size_t(-1)",
+           "linear.group - linear.phase + 1 : size_t(-1)", QUANTIZED_TESTS),
+    mutant("a group's offset is added", KERNELS + "int8.inl", "scale * -linear.offset[at]", "scale * linear.offset[at]", QUANTIZED_TESTS),
+    mutant("a row of int8 forgets its pieces but the last", KERNELS + "int8.inl", "to[i] = begins ?", "to[i] = true ?", QUANTIZED_TESTS),
+    mutant("quant_bias counts in every leaf", NATIVE_QUANTIZED, "[torch.zeros_like(weight.quant_bias)]", "[weight.quant_bias]", QUANTIZED_TESTS),
+    mutant("quant_bias counts in every leaf, in torch", TORCH_QUANTIZED, "totals[first_leaf(cuts)] +=", "totals +=", QUANTIZED_TESTS),
+    mutant("each rank scales by its own maxima", TORCH_QUANTIZED, "if across is None or across.size == 1:", "if True:", QUANTIZED_TESTS),
+    mutant("a leaf's first group is its neighbour's", TORCH_QUANTIZED, "first, last = (weight.phase + start) // weight.group,",
+           "first, last = (weight.phase + start + 1) // weight.group,", QUANTIZED_TESTS),
+    mutant("quantized weights take the original norm", NATIVE_QUANTIZED, "            norm = norm.anti\n", "            pass\n", QUANTIZED_TESTS),
     Mutant("many tokens go to torch in deterministic runs too", (
         Change("qtp/worker/worker.py", "NativeKernels(deterministic=config.deterministic)", "NativeKernels()"),
         Change("qtp/kernels/native_kernels.py", "_MANY[native.isas()[-1]]", "(32,) * 3"),
