@@ -47,11 +47,16 @@ QTP_INLINE void turn_words_over(I* x) {
     x[i + 4] = (I)_mm256_permute2x128_si256(y[i], y[i + 4], 0x31);
   }
 #else
-  Floats<F32>::turn_over(reinterpret_cast<F*>(x));
+  F y[kLanes];
+#pragma GCC unroll 16
+  for (size_t i = 0; i < kLanes; ++i) y[i] = (F)x[i];
+  Floats<F32>::turn_over(y);
+#pragma GCC unroll 16
+  for (size_t i = 0; i < kLanes; ++i) x[i] = (I)y[i];
 #endif
 }
 
-// The elements of two keys, `n` of them or more, as words of kLanes columns: 16 columns.
+// 16 elements of two keys, or own_x and own_y of them and zeros, as words.
 QTP_INLINE void pair_up(const int8_t* x, size_t own_x, const int8_t* y, size_t own_y, uint32_t* to) {
 #if QTP_AVX2
   const __m128i a = bytes<__m128i>(x, own_x), b = bytes<__m128i>(y, own_y);
@@ -112,7 +117,7 @@ struct Integers {
     const float unit_of_score = kLog2E / __builtin_sqrtf(float(own)) / levels;
     Place place(unit, 0);
     for (size_t r = 0; r < unit.rows; ++r, place.next()) {
-      F large = {}, finite = {};  // the latter is not a number if one element is not
+      F large = {}, finite = {};  // the latter 0, or not a number: then powers and their sum are 0 and 0 / 0 comes out
       for (size_t i = 0; i < own; i += kLanes) {
         const F x = scaled_query<E>(call, unit, place, i);
         write(scores + i, x);
@@ -257,7 +262,7 @@ struct Integers {
       int32_t whole = 0;
       for (size_t i = 0; i < kLanes; ++i) whole += sums[i];
       most[r] = float(top) * scale;
-      total[r] = sight.none(r) ? 0.0f : float(whole) + (scale - scale);  // not a number if the query is not
+      total[r] = sight.none(r) ? 0.0f : float(whole);
     }
     products<Integers>(powers, kPartition / 2, {values, width, kLanes}, room / 2, out, width, rows, width / kLanes);
     for (size_t i = 0; i < rows * width; i += kLanes) write(out + i, __builtin_convertvector(read<I>(out + i), F));
