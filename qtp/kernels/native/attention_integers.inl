@@ -170,7 +170,7 @@ struct Integers {
   void prepare(size_t partition) {
     begin = partition * kPartition;
     const size_t count = smaller_of(last_position(unit) + 1 - begin, kPartition), room = round_up(count, kPair);
-    const size_t some = ahead.share / (kPartition / kLanes);
+    const size_t some = ahead.share / (2 * kPartition / kLanes);
     find(call.attention, unit, begin, count, offsets);
     const int8_t *k = static_cast<const int8_t*>(call.keys), *v = static_cast<const int8_t*>(call.values);
     for (size_t first = 0; first < room; first += kLanes) {
@@ -179,7 +179,8 @@ struct Integers {
       for (; i + 4 * kLanes <= own && first + kLanes <= count; i += 4 * kLanes) prepare_keys<true>(k, first, count, i);
       for (; i < own; i += 4 * kLanes) prepare_keys<false>(k, first, count, i);
     }
-    for (size_t first = 0; first < room; first += kPair)
+    for (size_t first = 0; first < room; first += kPair) {
+      ahead.go(some);
       for (size_t j = first; j < first + kLanes; ++j) {
         const int8_t *x = v + offsets[smaller_of(j, count - 1)], *y = v + offsets[smaller_of(j + kLanes, count - 1)];
         uint32_t* to = values + (first / 2 + j - first) * width;
@@ -187,6 +188,7 @@ struct Integers {
         for (; i + 16 <= own && j + kLanes < count; i += 16) pair_up(x + i, 16, y + i, 16, to + i);
         for (; i < width; i += 16) pair_up(x + i, j < count ? own - i : 0, y + i, j + kLanes < count ? own - i : 0, to + i);
       }
+    }
   }
 
   // Which of the keys i, i + 1, ... a row does not see.
@@ -248,6 +250,7 @@ struct Integers {
     const size_t sure = smaller_of(round_up(sight.sure(), kPair), room);
     const size_t seen = smaller_of(sight.unsure() / kPair * kPair, room), unsure = seen > sure ? seen : sure;
     for (size_t r = 0; r < rows; ++r) {
+      ahead.go(ahead.share / 4 / rows + 1);  // few at a time, all along: 10 % faster than all while keys are prepared
       I large = I{} + INT32_MIN;
       large = most_of<false>(sight, r, 0, sure, large);
       large = most_of<true>(sight, r, sure, unsure, large);
