@@ -24,6 +24,7 @@ DETERMINISTIC = ("tests/loopback/test_deterministic.py",)
 KERNEL_TESTS = ("tests/unit/test_native_kernels.py",)
 QUANTIZED_TESTS = ("tests/unit/test_quantized_kernels.py",)
 ATTENTION_TESTS = ("tests/unit/test_native_attention.py",)
+INT8_TESTS = ("tests/unit/test_int8_attention.py",)
 LAYOUT = ("tests/unit/test_layout.py",)
 SHM = ("tests/conformance/test_shm.py",)
 PROCESSES = "tests/conformance/test_processes.py::test_backend[{}]"
@@ -180,6 +181,36 @@ MUTANTS = (
     mutant("powers meet the values of the other key of a pair", KERNELS + "attention_pairs.inl",
            "load(v, first + pair, i), load(v, first + pair + kLanes, i)", "load(v, first + pair + kLanes, i), load(v, first + pair, i)",
            ATTENTION_TESTS, "avx512bf16"),
+    mutant("an int8 cache: keys and values have each other's scales", "qtp/attention/native_backend.py",
+           "kv = (scales.key_scale, scales.key_offset, scales.value_scale, scales.value_offset)",
+           "kv = (scales.value_scale, scales.value_offset, scales.key_scale, scales.key_offset)", INT8_TESTS),
+    mutant("an int8 cache: keys have the scales of values in torch", "qtp/kv/cache.py",
+           "dequantized(keys, s.key_scale[layer], s.key_offset[layer])", "dequantized(keys, s.value_scale[layer], s.value_offset[layer])",
+           INT8_TESTS),
+    mutant("an int8 cache: offsets are taken off twice", "qtp/kv/cache.py", "(x.float() - offset) * scale", "(x.float() + offset) * scale",
+           INT8_TESTS),
+    mutant("an int8 cache: offsets of values have the wrong sign, natively", KERNELS + "attention_common.inl",
+           "* scale - load_up_to<F32>(offset + i, n)", "* scale + load_up_to<F32>(offset + i, n)", INT8_TESTS),
+    mutant("an int8 cache: offsets are taken off when codes are made", KERNELS + "attention_common.inl", "x / scale + offset, low",
+           "x / scale - offset, low", INT8_TESTS),
+    mutant("an int8 cache: a query has the key scales of the neighbouring head", KERNELS + "attention_common.inl",
+           "s.key_scale + unit.kv_head * call.attention.width",
+           "s.key_scale + (unit.kv_head + 1) % call.attention.kv_heads * call.attention.width", INT8_TESTS),
+    mutant("an int8 cache: codes have the scales of the neighbouring head", KERNELS + "attention_common.inl",
+           "channel = kv_head * a.width", "channel = (kv_head + 1) % a.kv_heads * a.width", INT8_TESTS),
+    mutant("an int8 cache: all queries of a group are rounded as the first", KERNELS + "attention_common.inl",
+           "n = call.attention.width - i, head = unit.head + place.head", "n = call.attention.width - i, head = unit.head", INT8_TESTS),
+    mutant("an int8 cache: the scales of layer 0 in every layer", "qtp/attention/native_backend.py", "self._scales[layer]",
+           "self._scales[0]", INT8_TESTS),
+    mutant("an int8 cache: the scales of layer 0 in every layer, in torch", "qtp/kv/cache.py",
+           "dequantized(values, s.value_scale[layer], s.value_offset[layer])", "dequantized(values, s.value_scale[0], s.value_offset[0])",
+           INT8_TESTS),
+    mutant("an int8 cache: keys behind the last one are seen", KERNELS + "attention_integers.inl", "x &= (U)~hidden(sight, r, i);", "",
+           INT8_TESTS),
+    mutant("an int8 cache: powers meet the values of the other key of a pair", KERNELS + "attention_integers.inl",
+           "(I)((x & 0xFFFFu) | (y << 16))", "(I)((y & 0xFFFFu) | (x << 16))", INT8_TESTS),
+    mutant("an int8 cache: a query that is not a number is as good as any", KERNELS + "attention_integers.inl",
+           "top * unit_of_score + sum(finite)", "top * unit_of_score", INT8_TESTS),
     mutant("the last rows of a weight are left out", KERNELS + "linear.cpp", "share(linear.outputs(), thread, count, kUnit)",
            "share(linear.outputs() / kUnit * kUnit, thread, count, kUnit)", KERNEL_TESTS),
     mutant("of equal logits the last one is taken", KERNELS + "linear.inl", "value[place] = y;\n  index[place] = i;",
