@@ -25,6 +25,8 @@ KERNEL_TESTS = ("tests/unit/test_native_kernels.py",)
 QUANTIZED_TESTS = ("tests/unit/test_quantized_kernels.py",)
 ATTENTION_TESTS = ("tests/unit/test_native_attention.py",)
 INT8_TESTS = ("tests/unit/test_int8_attention.py",)
+SPARSE_TESTS = ("tests/unit/test_sparse_kernels.py",)
+CODEC_TESTS = ("tests/unit/test_codec.py",)
 LAYOUT = ("tests/unit/test_layout.py",)
 SHM = ("tests/conformance/test_shm.py",)
 PROCESSES = "tests/conformance/test_processes.py::test_backend[{}]"
@@ -61,6 +63,7 @@ def mutant(name: str, file: str, old: str, new: str, tests: tuple[str, ...] = PA
 
 QWEN2, MOE_MODEL, MOE = "qtp/models/qwen2.py", "qtp/models/qwen2_moe.py", "qtp/layers/moe.py"
 SPLIT, BATCH, EMBED = "qtp/layout/split.py", "qtp/batch.py", "qtp/layers/embedding.py"
+CODEC = "qtp/weights/codec.py"
 SAMPLING, ATTENTION, SCHEDULER = "qtp/worker/sampling.py", "qtp/attention/torch_backend.py", "qtp/engine/scheduler.py"
 ENGINE, ROPE, LOADER = "qtp/engine/engine.py", "qtp/layers/rope.py", "qtp/weights/loader.py"
 TREE = "collectives/tree.py"
@@ -256,6 +259,29 @@ MUTANTS = (
            ("tests/unit/test_loader.py",)),
     mutant("a vector laid over what follows it", LOADER, "                at = stop\n",
            "                at = stop if len(part.shape) > 1 else at\n", ("tests/unit/test_loader.py",)),
+    mutant("int16 sums of codes overflow before they are settled", KERNELS + "sparse.inl", "    group(g + 1);\n    settle();",
+           "    group(g + 1);\n    if (g % 4 == 2 || g + 4 > groups) settle();", SPARSE_TESTS, "avx2"),
+    mutant("low codes keep the bits of the high ones", KERNELS + "sparse.inl", "_mm256_and_si256(codes, _mm256_set1_epi8(15))", "codes",
+           SPARSE_TESTS, "avx2"),
+    mutant("an odd group at a row's end is left out", KERNELS + "sparse.inl", "if (g < groups) {", "if (false) {", SPARSE_TESTS, "avx2"),
+    mutant("the halves of the last group lie as in a whole one", KERNELS + "sparse.inl", "half = (k - whole + 1) / 2;",
+           "half = k - whole < kCodes ? k - whole : kCodes;", SPARSE_TESTS),
+    mutant("what lies behind a row is multiplied", KERNELS + "sparse.inl", "__builtin_memset(to + whole, 0, kSparseGroup);",
+           "__builtin_memset(to + whole, 1, kSparseGroup);", SPARSE_TESTS),
+    mutant("a wide block is taken for eight less", KERNELS + "sparse.inl", "(wide ? 128 : 8) *", "8 *", SPARSE_TESTS),
+    mutant("a row has the outliers of the rows before", KERNELS + "sparse.inl", "running[ends[r]] - running[r > 0 ? ends[r - 1] : 0]",
+           "running[ends[r]]", SPARSE_TESTS),
+    mutant("tokens behind the first eight have their outliers", KERNELS + "sparse.inl", "tokens.turned + first * sparse.k", "tokens.turned",
+           SPARSE_TESTS),
+    mutant("columns of four bytes are read as two", KERNELS + "sparse.hpp", "return k <= 65536 ? 2 : 4;", "return 2;", SPARSE_TESTS),
+    mutant("an outlier may be in any column, natively", KERNELS + "sparse.cpp", ">= sparse.k) return", "> 1u << 31) return", CODEC_TESTS),
+    mutant("an outlier may be in any column", CODEC, "_require((columns < k).all(),", "_require(True,", CODEC_TESTS),
+    mutant("blocks may reach beyond the data", CODEC, "(stream.offsets <= end)", "(stream.offsets >= 0)", CODEC_TESTS),
+    mutant("counts of outliers may lie", CODEC, "bad = narrow.blocks[sizes != needed + -needed % ALIGN]", "bad = narrow.blocks[:0]", CODEC_TESTS),
+    mutant("the checksum is not looked at", CODEC, "_require(checksum ==", "_require(True or checksum ==", CODEC_TESTS),
+    mutant("the last column of an odd row is lost", CODEC, "codes[:, whole : whole + half] = rest & 15",
+           "codes[:, whole : whole + half] = 8\n    codes[:, whole : whole + k // 2 - whole // 2] = rest[:, : k // 2 - whole // 2] & 15", CODEC_TESTS),
+    mutant("a part keeps the offsets of the whole", CODEC, "entries[first:last] - begin", "entries[first:last]", CODEC_TESTS),
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ constexpr size_t kTurned = 8;                   // tokens whose values in a colu
 constexpr size_t kAhead = 4096;                 // bytes that memory is asked for before they are needed
 
 // A tile's code rows and most tokens; for up to kFew tokens there are registers for kManyRows.
-constexpr int kTokens = 4, kFew = 2, kManyRows = 4, kRows = QTP_AVX512 ? 4 : 2;
+constexpr int kTokens = 4, kFew = 1, kManyRows = 4, kRows = QTP_AVX512 ? 4 : 2;
 
 #if QTP_AVX2
 
