@@ -215,7 +215,7 @@ MUTANTS = (
     mutant("a stack in a part begins with expert 0", "qtp/weights/mindformers.py", "expert = (first or {}).get(name, 0) + i", "expert = i", RESHARD),
     mutant("checksums are not compared", "qtp/reshard/verify.py", "if x.hexdigest() != file.tensors[name].xxh3:", "if False:", FOLDER),
     mutant("what was done before a kill is believed unseen", TRANSFER, "if known.get(job.name) == [", "if known.get(job.name) or [", FOLDER),
-    mutant("the manifest is written before config.json", "qtp/reshard/reshard.py", '    return {**small, "config.json": content}',
+    mutant("config.json is forgotten", "qtp/reshard/reshard.py", '    return {**small, "config.json": content}',
            '    return small', FOLDER),
     mutant("gaps of a copy list go unnoticed", CUT, "if [start for start, _ in places] + [output.size] != [0] + [stop for _, stop in places]:",
            "if output.size < places[-1][1]:", FOLDER),
