@@ -67,7 +67,12 @@ CODEC = "qtp/weights/codec.py"
 SAMPLING, ATTENTION, SCHEDULER = "qtp/worker/sampling.py", "qtp/attention/torch_backend.py", "qtp/engine/scheduler.py"
 ENGINE, ROPE, LOADER = "qtp/engine/engine.py", "qtp/layers/rope.py", "qtp/weights/loader.py"
 TREE = "collectives/tree.py"
+<<<<<<< HEAD
 TORCH_QUANTIZED, NATIVE_QUANTIZED = "qtp/kernels/torch_quantized.py", "qtp/kernels/native_quantized.py"
+=======
+TRANSFER, CUT = "qtp/reshard/transfer.py", "qtp/reshard/cut.py"
+RESHARD, FOLDER = ("tests/unit/test_reshard.py",), ("tests/unit/test_reshard_folder.py",)
+>>>>>>> reshard
 ISAS = native.isas() if native is not None else ()
 
 MUTANTS = (
@@ -259,6 +264,7 @@ MUTANTS = (
            ("tests/unit/test_loader.py",)),
     mutant("a vector laid over what follows it", LOADER, "                at = stop\n",
            "                at = stop if len(part.shape) > 1 else at\n", ("tests/unit/test_loader.py",)),
+<<<<<<< HEAD
     mutant("int16 sums of codes overflow before they are settled", KERNELS + "sparse.inl", "    group(g + 1);\n    settle();",
            "    group(g + 1);\n    if (g % 4 == 2 || g + 4 > groups) settle();", SPARSE_TESTS, "avx2"),
     mutant("low codes keep the bits of the high ones", KERNELS + "sparse.inl", "_mm256_and_si256(codes, _mm256_set1_epi8(15))", "codes",
@@ -282,6 +288,28 @@ MUTANTS = (
     mutant("the last column of an odd row is lost", CODEC, "codes[:, whole : whole + half] = rest & 15",
            "codes[:, whole : whole + half] = 8\n    codes[:, whole : whole + k // 2 - whole // 2] = rest[:, : k // 2 - whole // 2] & 15", CODEC_TESTS),
     mutant("a part keeps the offsets of the whole", CODEC, "entries[first:last] - begin", "entries[first:last]", CODEC_TESTS),
+=======
+    mutant("a reshard takes rows one too far on", TRANSFER, "range(r.start - b.start, r.stop - b.start) for r, b in zip(inner",
+           "range(max(r.start - b.start - 1, 0), max(r.start - b.start - 1, 0) + len(r)) for r, b in zip(inner", RESHARD),
+    mutant("columns are written where the rows before ended in the whole tensor", TRANSFER, "                    at[i] += data.nbytes\n",
+           "                    at[i] += data.nbytes if len(wanted) == 1 else raw.nbytes // len(wanted)\n", RESHARD),
+    mutant("KV heads that several ranks hold are written once only", CUT,
+           "for rank, box in enumerate(boxes) if elements(box))", "for rank, box in enumerate(boxes) if elements(box) and box not in boxes[:rank])", RESHARD),
+    mutant("experts are stacked from the last to the first", CUT, "for expert in experts for source in expert.sources",
+           "for expert in experts[::-1] for source in expert.sources", RESHARD),
+    mutant("a stack in a part begins with expert 0", "qtp/weights/mindformers.py", "expert = (first or {}).get(name, 0) + i", "expert = i", RESHARD),
+    mutant("checksums are not compared", "qtp/reshard/verify.py", "if x.hexdigest() != file.tensors[name].xxh3:", "if False:", FOLDER),
+    mutant("what was done before a kill is believed unseen", TRANSFER, "if known.get(job.name) == [", "if known.get(job.name) or [", FOLDER),
+    mutant("config.json is forgotten", "qtp/reshard/reshard.py", '    return {**small, "config.json": content}',
+           '    return small', FOLDER),
+    mutant("gaps of a copy list go unnoticed", CUT, "if [start for start, _ in places] + [output.size] != [0] + [stop for _, stop in places]:",
+           "if output.size < places[-1][1]:", FOLDER),
+    mutant("a part of another source is taken", "qtp/weights/parts.py", "if header_digest(path) != file.header:", "if False:", FOLDER),
+    mutant("a manifest may be edited", "qtp/weights/manifest.py", 'if content.pop("digest", None) != _digest(content):', 'if not content.pop("digest", None):', FOLDER),
+    mutant("parts are read as if they were of any grid", "qtp/weights/checkpoint.py", "if grid is not None and not manifest.is_for(grid):", "if False:", FOLDER),
+    mutant("a rank reads from the first part that has it", "qtp/weights/checkpoint.py", "return Parts(folder, manifest, rank)", "return Parts(folder, manifest)", RESHARD),
+    mutant("hard links are written through", "qtp/reshard/folder.py", "if found.st_nlink > 1 or (found.st_dev, found.st_ino) in known:", "if False:", FOLDER),
+>>>>>>> reshard
 )  # fmt: skip
 
 

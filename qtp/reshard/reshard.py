@@ -27,7 +27,7 @@ WORDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 GIB = 1 << 30
 _OWN = 160 << 20  # bytes of the process before it reads anything
 _TORCH = 256 << 20  # and of torch, which converts and reads .bin files
-_LONGEST = 4 << 20  # bytes of a read
+_LONGEST = 2 << 20  # bytes of a read; 1 and 4 MiB take as long, half a MiB a little more
 
 Progress = Callable[[int], None]
 Bar = Callable[[int, str], Progress]  # (bytes in all, what is done) -> what is told of them
@@ -46,7 +46,7 @@ class Request:
     dtype: str | None = None
     most: int = 5 * 10**9
     memory: int = GIB
-    workers: int = 4
+    workers: int = 2
 
     def words(self, source: Checkpoint, *, sparse: bool) -> dict[str, Any]:
         """What makes two requests the same one, beside the folder."""
