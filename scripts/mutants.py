@@ -27,6 +27,7 @@ ATTENTION_TESTS = ("tests/unit/test_native_attention.py",)
 INT8_TESTS = ("tests/unit/test_int8_attention.py",)
 SPARSE_TESTS = ("tests/unit/test_sparse_kernels.py",)
 CODEC_TESTS = ("tests/unit/test_codec.py",)
+QUANTIZED = ("tests/loopback/test_quantized.py",)
 LAYOUT = ("tests/unit/test_layout.py",)
 SHM = ("tests/conformance/test_shm.py",)
 PROCESSES = "tests/conformance/test_processes.py::test_backend[{}]"
@@ -66,13 +67,10 @@ SPLIT, BATCH, EMBED = "qtp/layout/split.py", "qtp/batch.py", "qtp/layers/embeddi
 CODEC = "qtp/weights/codec.py"
 SAMPLING, ATTENTION, SCHEDULER = "qtp/worker/sampling.py", "qtp/attention/torch_backend.py", "qtp/engine/scheduler.py"
 ENGINE, ROPE, LOADER = "qtp/engine/engine.py", "qtp/layers/rope.py", "qtp/weights/loader.py"
-TREE = "collectives/tree.py"
-<<<<<<< HEAD
+TREE, FORMATS = "collectives/tree.py", "qtp/weights/formats/"
 TORCH_QUANTIZED, NATIVE_QUANTIZED = "qtp/kernels/torch_quantized.py", "qtp/kernels/native_quantized.py"
-=======
 TRANSFER, CUT = "qtp/reshard/transfer.py", "qtp/reshard/cut.py"
 RESHARD, FOLDER = ("tests/unit/test_reshard.py",), ("tests/unit/test_reshard_folder.py",)
->>>>>>> reshard
 ISAS = native.isas() if native is not None else ()
 
 MUTANTS = (
@@ -264,7 +262,6 @@ MUTANTS = (
            ("tests/unit/test_loader.py",)),
     mutant("a vector laid over what follows it", LOADER, "                at = stop\n",
            "                at = stop if len(part.shape) > 1 else at\n", ("tests/unit/test_loader.py",)),
-<<<<<<< HEAD
     mutant("int16 sums of codes overflow before they are settled", KERNELS + "sparse.inl", "    group(g + 1);\n    settle();",
            "    group(g + 1);\n    if (g % 4 == 2 || g + 4 > groups) settle();", SPARSE_TESTS, "avx2"),
     mutant("low codes keep the bits of the high ones", KERNELS + "sparse.inl", "_mm256_and_si256(codes, _mm256_set1_epi8(15))", "codes",
@@ -288,7 +285,6 @@ MUTANTS = (
     mutant("the last column of an odd row is lost", CODEC, "codes[:, whole : whole + half] = rest & 15",
            "codes[:, whole : whole + half] = 8\n    codes[:, whole : whole + k // 2 - whole // 2] = rest[:, : k // 2 - whole // 2] & 15", CODEC_TESTS),
     mutant("a part keeps the offsets of the whole", CODEC, "entries[first:last] - begin", "entries[first:last]", CODEC_TESTS),
-=======
     mutant("a reshard takes rows one too far on", TRANSFER, "range(r.start - b.start, r.stop - b.start) for r, b in zip(inner",
            "range(max(r.start - b.start - 1, 0), max(r.start - b.start - 1, 0) + len(r)) for r, b in zip(inner", RESHARD),
     mutant("columns are written where the rows before ended in the whole tensor", TRANSFER, "                    at[i] += data.nbytes\n",
@@ -309,7 +305,19 @@ MUTANTS = (
     mutant("parts are read as if they were of any grid", "qtp/weights/checkpoint.py", "if grid is not None and not manifest.is_for(grid):", "if False:", FOLDER),
     mutant("a rank reads from the first part that has it", "qtp/weights/checkpoint.py", "return Parts(folder, manifest, rank)", "return Parts(folder, manifest)", RESHARD),
     mutant("hard links are written through", "qtp/reshard/folder.py", "if found.st_nlink > 1 or (found.st_dev, found.st_ino) in known:", "if False:", FOLDER),
->>>>>>> reshard
+    mutant("quant_bias added on every rank", SPLIT, "if self.once and (columns.start or not columns):", "if False:", QUANTIZED),
+    mutant("scales of the next group where a rank begins within one", SPLIT, "range(columns.start // self.size,",
+           "range(-(-columns.start // self.size),", QUANTIZED),
+    mutant("groups counted from where a rank begins", FORMATS + "w8a16.py", "first % linear.group_size if linear.group_size else 0", "0", QUANTIZED),
+    mutant("one scale for all experts", FORMATS + "w8a8.py", '        quant_bias = whole_quant_bias(linear, tensors)\n        return [',
+           '        quant_bias = whole_quant_bias(linear, tensors)\n        first = __import__("re").sub(r"experts[.]\\d+", "experts.0", linear.own)\n'
+           '        deq_scale = tensors.get(f"{first}.deq_scale", deq_scale)\n        return [', QUANTIZED),
+    mutant("scales of keys and values swapped in the checkpoint", "qtp/weights/names.py", 'Part(f"{theirs}.{name[0]}_proj.kv_cache_{word}"',
+           'Part(f"{theirs}.{dict(k=\'v\', v=\'k\')[name[0]]}_proj.kv_cache_{word}"', QUANTIZED),
+    mutant("the offset of an input lost", FORMATS + "w8a8.py", "W8A8(weight[r], scale, offset,", "W8A8(weight[r], scale, 0.0,", QUANTIZED),
+    mutant("all parts of a packed layer have the first one's input scale", FORMATS + "w8a8.py",
+           "if found and found[-1][1:] == (scale, offset):", "if found:", QUANTIZED),
+    mutant("bits of a scale taken for a number", LOADER, ".to(torch.int32).view(torch.float32)", ".to(torch.float32)", QUANTIZED),
 )  # fmt: skip
 
 
