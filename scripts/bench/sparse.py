@@ -19,9 +19,9 @@ sys.path.remove(str(Path(__file__).resolve().parent))  # where another collectiv
 
 from qtp.kernels.extension import native
 from qtp.kernels.native_kernels import NativeKernels
-from qtp.weights.quantized import W8A8SC
 from qtp.kernels.sparse import native_products
 from qtp.weights.codec import compress
+from qtp.weights.quantized import W8A8SC
 
 FRACTION = 0.011
 BEYOND_CACHE = 192 << 20
