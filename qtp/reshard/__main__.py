@@ -5,7 +5,8 @@
     --verify                   proves B from what lies in it, and that it equals A; without --tp nothing is written, and without
                                --save_directory A itself is verified
 
-A may be a Hugging Face folder (safetensors or .bin), parts, or a folder with MindFormers' names.
+A may be a Hugging Face folder (safetensors or .bin), parts, or a folder with MindFormers' names. Parts of W8A8SC are compressed
+again for their new ranks; put together (--format hf) they are W8A8S.
 """
 
 import argparse
@@ -78,6 +79,9 @@ def command(argv: list[str] | None) -> int:
             memory=memory,
             workers=args.workers,
         )
+        quantization = ModelConfig.load(source).quantization
+        if args.format == "parts" and quantization is not None and quantization.word == "w8a8sc":
+            return again(request)
         with Bars() as bar:
             outcome = reshard(request, bar)
         if outcome.kept:
@@ -96,6 +100,16 @@ def command(argv: list[str] | None) -> int:
                     parts = verified(target, checkpoint, memory, args.workers, bar)
         equal = f", and they equal those of {source}" if args.save_directory is not None else ""
         print(f"{target}: verified: {len(parts)} tensors are whole and have their checksums{equal}")
+    return 0
+
+
+def again(request: Request) -> int:
+    """W8A8SC, which can be cut only where it is not compressed."""
+    from qtp.reshard.compress import recompressed  # needs torch, which most reshards do without
+
+    with Bars() as bar:
+        before, after = recompressed(request, bar)
+    print(f"{request.target}: {request.grid.size} parts; {before} bytes became {after}")
     return 0
 
 
