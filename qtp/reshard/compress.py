@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qtp.config import ModelConfig
 from qtp.layout.split import Box, Grid, elements
+from qtp.reshard.cut import undeclared
 from qtp.reshard.folder import beside, check_apart, put
 from qtp.reshard.reshard import Request, reshard
 from qtp.reshard.words import turned
@@ -76,6 +77,8 @@ def compress_part(model: ModelConfig, source: Path, target: Path, grid: Grid, ra
             if elements(box := part.split.box(part.shape, rank, grid))
             for _ in [store.check(part.name, part.shape)]
         }
+        for name in undeclared(store, declare(model)) if rank == 0 else ():
+            boxes[name] = store.entries[name].shape, tuple(range(n) for n in store.entries[name].shape)
         progress = bar(sum(_bytes(store, name, box) for name, (_, box) in boxes.items()), f"part {rank}")
 
         def work(name: str) -> tuple[dict[str, Tensor], Held]:
