@@ -1,0 +1,137 @@
+"""The calibration samples on their way through a model, one block after the other, each loaded when its turn comes.
+
+T tokens of a sample, D hidden.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from collectives.communicator import Communicator
+from collectives.solo import Solo
+from qtp.attention.backend import AttentionBackend
+from qtp.attention.native_backend import NativeAttention
+from qtp.attention.torch_backend import TorchAttention
+from qtp.batch import Batch, make_batch
+from qtp.config import ModelConfig
+from qtp.kernels.extension import why_not
+from qtp.kernels.interface import Kernels
+from qtp.kernels.native_kernels import NativeKernels
+from qtp.kernels.torch_kernels import TorchKernels
+from qtp.kv.cache import KVCache
+from qtp.layers.rope import Rope
+from qtp.layout.split import Grid
+from qtp.models.qwen2 import Block, Place, block, mlp, norm
+from qtp.models.qwen2_moe import moe
+from qtp.quantize.observe import LANES, Histograms, Recorder, WatchedAttention, WatchedKernels
+from qtp.quantize.raw import read
+from qtp.resolve import context_limit
+from qtp.weights.loader import Shard, load
+from qtp.weights.names import declare
+from qtp.weights.store import Store
+
+_BLOCK = 128  # tokens of a KV block
+_GRID = Grid(size=1, moe_ep=1, moe_tp=1)
+
+
+class Calibration:
+    """This rank's samples: those whose lane is its own. `step` moves them through one block; their hidden states and the weights
+    of one block, in `dtype`, are what it holds.
+
+    Every other sample begins at a later position, spread over the model's whole context: the model sees no difference, since it
+    knows positions by their distances alone, and the ranges of turned keys become those of long texts too."""
+
+    def __init__(
+        self, config: ModelConfig, store: Store, samples: Sequence[Sequence[int]], comm: Communicator, dtype: torch.dtype
+    ) -> None:
+        self._config, self._store, self._comm, self._dtype = config, store, comm, dtype
+        self._specs = declare(config)
+        self._count = len(samples)
+        self._longest = max(map(len, samples))
+        rope = Rope(config.rope, config.head_dim, comm.device)
+        self._mine: dict[int, tuple[Batch, Tensor, Tensor]] = {}
+        self._hidden: dict[int, Tensor] = {}
+        self._before: dict[int, Tensor] = {}
+        for number, ids in enumerate(samples):
+            if number % LANES % comm.size != comm.rank:
+                continue
+            room = context_limit(config) - len(ids)
+            start = max(room, 0) * number // len(samples) if number % 2 else 0
+            batch = _batch(ids, start, comm.device)
+            angles = batch.positions_T.float()[:, None] * rope.frequencies
+            self._mine[number] = batch, angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+            self._hidden[number] = self._embedded(ids)
+        self._kernels: Kernels = TorchKernels()
+        if comm.device.type == "cpu" and why_not() is None:
+            self._kernels = NativeKernels(deterministic=True)
+
+    def load(self, layer: int) -> Shard:
+        """The weights of a block by `Spec.name`."""
+        specs = [spec for spec in self._specs if spec.name.startswith(f"layers.{layer}.")]
+        return load(self._store, specs, 0, _GRID, self._dtype, self._comm.device)
+
+    @torch.inference_mode()
+    def step(self, layer: int, shard: Shard, recorder: Recorder, *, keep: bool) -> None:
+        """Moves the samples through a block, for the recorder to see. keep: what they were before is kept for `again`."""
+        self._before = {number: x.clone() for number, x in self._hidden.items()} if keep else {}
+        self._hidden = self._through(layer, shard, recorder, (), self._hidden)
+
+    @torch.inference_mode()
+    def again(self, layer: int, shard: Shard, watch: Recorder | Histograms, probe: Collection[str] = ()) -> None:
+        """Runs the block of the last `step` once more. probe: as `WatchedKernels`."""
+        self._through(layer, shard, watch, probe, {number: x.clone() for number, x in self._before.items()})
+
+    def _through(
+        self, layer: int, shard: Shard, watch: Recorder | Histograms, probe: Collection[str], hidden: dict[int, Tensor]
+    ) -> dict[int, Tensor]:
+        run, attention = self._block(layer, shard, watch, probe)
+        for number, (batch, cos, sin) in self._mine.items():
+            if isinstance(watch, Recorder):
+                watch.lane = number % LANES
+            hidden[number] = run(hidden[number], attention.plan(batch, cos, sin))
+        return hidden
+
+    def recorder(self, widths: Mapping[str, int]) -> Recorder:
+        return Recorder(widths, self._count)
+
+    def _block(
+        self, layer: int, shard: Shard, watch: Recorder | Histograms, probe: Collection[str]
+    ) -> tuple[Block, AttentionBackend]:
+        config, device = self._config, self._comm.device
+        blocks = -(-self._longest // _BLOCK)
+        cache = KVCache(1, blocks, _BLOCK, config.num_kv_heads, config.head_dim, self._dtype, device)
+        kv_of = tuple(h * config.num_kv_heads // config.num_heads for h in range(config.num_heads))
+        native = isinstance(self._kernels, NativeKernels)
+        backend: AttentionBackend = NativeAttention(cache, kv_of, device) if native else TorchAttention(cache, kv_of, device)
+        attention = WatchedAttention(backend, config.num_kv_heads, watch.see)
+        names = {id(tensor): name.removesuffix(".weight") for name, tensor in shard.items()}
+        place = Place(
+            rank=0,
+            grid=_GRID,
+            comm=Solo(device),
+            reduce=lambda x: x,
+            kernels=WatchedKernels(self._kernels, names, watch.see, probe),
+            attention=attention,
+            cuts={},
+        )
+        own, post_norm = f"layers.{layer}", norm(config, shard, f"layers.{layer}.post_norm")
+        if config.moe is not None and layer in config.moe.layers:
+            return block(config, shard, place, layer, moe(config.moe, shard, place, f"{own}.moe", post_norm)), attention
+        return block(config, shard, place, layer, mlp(shard, place, f"{own}.mlp", post_norm)), attention
+
+    def _embedded(self, ids: Sequence[int]) -> Tensor:
+        """[T, D]; reads no more of the embedding than the rows of these ids."""
+        name = "model.embed_tokens.weight"
+        entry = self._store.entries[name]
+        rows = [read(self._store, name, range(i, i + 1)) for i in ids]
+        assert entry.shape[1] == self._config.hidden_size
+        return torch.cat(rows).to(self._comm.device, self._dtype)
+
+
+def _batch(ids: Sequence[int], start: int, device: torch.device) -> Batch:
+    """One sequence, whose first position is `start` though nothing is before it."""
+    blocks = tuple(range(-(-len(ids) // _BLOCK)))
+    batch = make_batch([(tuple(ids), 0, blocks)], _BLOCK, device)
+    return replace(batch, positions_T=batch.positions_T + start, num_decodes=0)
