@@ -1,5 +1,5 @@
-"""What a checkpoint folder says of its quantization: `quantize` and `quantization_config` of config.json, and the description file
-with the type of each tensor. The format is msModelSlim's. Imports no torch.
+"""What a checkpoint folder says of its quantization: `quantize` and `quantization_config` of config.json, and the description
+file with the type of each tensor. The format is msModelSlim's. Imports no torch.
 """
 
 import json
@@ -64,7 +64,9 @@ def read_quantization(folder: Path, raw: dict[str, Any], source: str) -> Quantiz
     path, content = _description(folder, word, source)
     kind = content.get("model_quant_type")
     if kind is not None and str(kind).lower() != word:
-        raise ValueError(f"{path}: model_quant_type {kind!r} disagrees with quantize {word!r} in {source}; fetch both files again")
+        raise ValueError(
+            f"{path}: model_quant_type {kind!r} disagrees with quantize {word!r} in {source}; fetch both files again"
+        )
     return Quantization(
         word=word,
         types={key: value for key, value in content.items() if isinstance(value, str)},
@@ -88,7 +90,9 @@ def _description(folder: Path, word: str, source: str) -> tuple[Path, dict[str, 
             raise ValueError(f"{path}: holds a {type(content).__name__}, not a JSON object")
         if path is old or "version" in content or not old.exists():
             return path, content
-    raise ValueError(f"{source}: says quantize {word!r}, and neither {new.name} nor {old.name} is beside it; fetch the folder again")
+    raise ValueError(
+        f"{source}: says quantize {word!r}, and neither {new.name} nor {old.name} is beside it; fetch the folder again"
+    )
 
 
 def _group_size(settings: dict[str, Any], content: dict[str, Any], source: str, path: Path) -> int:

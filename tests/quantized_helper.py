@@ -7,27 +7,36 @@ T tokens, D hidden, V vocabulary, H query heads, K KV heads, d head_dim.
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from models_helper import make_checkpoint, random_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-from tests.models_helper import make_checkpoint
 
 GATE = ("gate.weight", "shared_expert_gate.weight")
 
 
 class Plain:
     """A Qwen2 or Qwen2-MoE model in float64: each linear layer by its type in `types`, from tensors under the checkpoint's names.
-    Rope is plain. `ranges` has the smallest and largest input of each linear layer that ran, and of keys, values and queries."""
+    Rope is plain. `ranges` has the smallest and largest input of each linear layer that ran, and of keys, values and queries;
+    `margin` is the smallest distance of a rounded value from where it would have been rounded to another integer: where it is
+    large, float32 rounds alike."""
 
     def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], types: dict[str, str], group_size: int = 0) -> None:
         self.config, self.types, self.group_size = config, types, group_size
         self.tensors = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
         self.kv = next((t for t in types.values() if t in ("C8", "FAQuant")), None)
         self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
+        self.margin = 0.5
+
+    def _round(self, x: Tensor) -> Tensor:
+        whole = x.round()
+        within = (x - whole)[(x > -129) & (x < 128)]
+        self.margin = min(self.margin, 0.5 - float(within.abs().max()) if len(within) else 0.5)
+        return whole.clamp(-128, 127)
 
     def logits(self, ids: list[int]) -> Tensor:
         """[T, V]."""
@@ -62,7 +71,7 @@ class Plain:
             return x @ weight.T + bias
         if kind in ("W8A8", "W8A8S"):
             scale, offset = self.tensors[f"{name}.input_scale"], self.tensors[f"{name}.input_offset"]
-            x_q = (x / scale + offset).round().clamp(-128, 127)
+            x_q = self._round(x / scale + offset)
             deq = self.tensors[f"{name}.deq_scale"]
             if deq.dtype == torch.int64:
                 deq = deq.to(torch.int32).view(torch.float32).double()
@@ -70,7 +79,7 @@ class Plain:
         scale, offset = self.tensors[f"{name}.weight_scale"], self.tensors[f"{name}.weight_offset"]
         if kind == "W8A8_DYNAMIC":
             s_x = x.abs().amax(-1, keepdim=True) / 127
-            return ((x / s_x).round() * s_x) @ (weight * scale).T + bias
+            return (self._round(x / s_x) * s_x) @ (weight * scale).T + bias
         assert kind == "W8A16", kind
         group = self.group_size or weight.shape[1]
         of = torch.arange(weight.shape[1]) // group
@@ -102,7 +111,7 @@ class Plain:
             self._see(f"{own}.fa_{n}", x.transpose(1, 2).flatten(0, 1))
 
         def through(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-            return ((x / scale + offset).round().clamp(-128, 127) - offset) * scale
+            return (self._round(x / scale + offset) - offset) * scale
 
         if self.kv == "C8":
             names = [f"{own}.{n}_proj.kv_cache" for n in "kv"]
@@ -126,7 +135,9 @@ class Plain:
         weights, chosen = (plain @ self.tensors[f"{own}.gate.weight"].T).softmax(-1).topk(self.config["num_experts_per_tok"])
         if self.config["norm_topk_prob"]:
             weights = weights / weights.sum(-1, keepdim=True)
-        out = (plain @ self.tensors[f"{own}.shared_expert_gate.weight"].T).sigmoid() * self._mlp(f"{own}.shared_expert", plain, anti)
+        out = (plain @ self.tensors[f"{own}.shared_expert_gate.weight"].T).sigmoid() * self._mlp(
+            f"{own}.shared_expert", plain, anti
+        )
         for e in chosen.unique().tolist():
             tokens, place = torch.where(chosen == e)
             out[tokens] += weights[tokens, place, None] * self._mlp(f"{own}.experts.{e}", plain[tokens], anti[tokens])
@@ -153,12 +164,14 @@ def quantized_checkpoint(
     group_size: int = 0,
     kv: str | None = None,
     anti: bool = False,
+    apart: bool = False,
     old: bool = False,
 ) -> Plain:
-    """Writes the float checkpoint `source` to `folder` in the type `kind` ("FLOAT", "W8A8", ...), and returns its model in float64.
+    """Writes the float checkpoint `source` to `folder` in the type `kind` ("FLOAT", "W8A8", ...), and returns it in float64.
 
     choose: the type of single layers by their name, where it is not to be `kind`. ids: what the ranges of activations are taken
-    from. anti: with anti-outlier norms. old: with a description of the older form. No offset, bias or scale is zero."""
+    from. anti: with anti-outlier norms. apart: values and up have other input scales than what they are packed with. old: with a
+    description of the older form. No offset, bias or scale is zero."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     floats = load_file(source / "model.safetensors")
     random = torch.Generator().manual_seed(seed)
@@ -174,7 +187,14 @@ def quantized_checkpoint(
             tensors[name], types[name] = x, "FLOAT"
         elif name.endswith("weight"):
             bias = floats.get(f"{layer}.bias", torch.zeros(len(x))).double()
-            made = _QUANTIZE[given](x.double(), bias, _input(seen, layer, anti), random, group_size, config["dtype"])
+            made = _QUANTIZE[given](
+                x.double(),
+                bias,
+                _input(seen, layer, 1.3 if anti else 1.0 + 0.2 * (apart and layer.endswith(("v_proj", "up_proj")))),
+                random,
+                group_size,
+                config["dtype"],
+            )
             if given != "W8A8" and f"{layer}.bias" in floats:
                 made["bias"] = floats[f"{layer}.bias"]
             tensors |= {f"{layer}.{suffix}": made[suffix] for suffix in made}
@@ -187,13 +207,13 @@ def quantized_checkpoint(
     return Plain(config, tensors, types, group_size)
 
 
-def _input(seen: Plain, layer: str, anti: bool) -> tuple[Tensor, Tensor]:
+def _input(seen: Plain, layer: str, margin: float) -> tuple[Tensor, Tensor]:
     """The range of a layer's input; of q, k, v, and of gate and up, it is one. An expert that no token reached gets its shared
     expert's."""
     for name in (layer, re.sub(r"experts\.\d+", "shared_expert", layer)):
         if name in seen.ranges:
             low, high = seen.ranges[name]
-            return (1.3 * low, 1.3 * high) if anti else (low, high)
+            return margin * low, margin * high
     raise AssertionError(layer)
 
 
@@ -299,7 +319,9 @@ def _write(
     description: dict[str, Any] = dict(types)
     word = "float" if kind == "FLOAT" else kind.lower()
     if not old:
-        description |= {"version": "1.0.0", "model_quant_type": kind, "group_size": group_size} | ({} if kv is None else _KV_WORDS[kv])
+        description |= {"version": "1.0.0", "model_quant_type": kind, "group_size": group_size} | (
+            {} if kv is None else _KV_WORDS[kv]
+        )
     name = f"quant_model_description_{word}.json" if old else "quant_model_description.json"
     (folder / name).write_text(json.dumps(description), encoding="utf-8")
     stem = "model" if kind == "FLOAT" else f"quant_model_weight_{word}"
@@ -331,3 +353,69 @@ def float_checkpoint(folder: Path, family: str, seed: int, **config: Any) -> Pat
             "norm_topk_prob": True,
         }
     return make_checkpoint(folder, family, seed=seed, **{**sizes, **config})
+
+
+TOKENS = 12
+MARGIN = 5e-5  # of an integer, several times what float32 errs here
+
+
+def presets(layer: str) -> str:
+    """What the public presets leave in float."""
+    return "FLOAT" if "down_proj" in layer or layer == "lm_head" else ""
+
+
+def mixed(layer: str) -> str:
+    """Parts of one packed layer in different types, a whole block in float, whole and single experts."""
+    if ".layers.1.self_attn" in layer or layer.endswith(("1.mlp.gate_proj", "experts.2.up_proj")):
+        return "FLOAT"
+    if layer.endswith(("0.self_attn.k_proj", "0.mlp.down_proj", "experts.1.down_proj")):
+        return "W8A16"
+    return "W8A8_DYNAMIC" if layer.endswith(("0.self_attn.v_proj", "experts.3.up_proj", "shared_expert.down_proj")) else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    kind: str
+    how: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "w8a8": Case(kind="W8A8"),
+    "w8a8-presets": Case(kind="W8A8", how={"choose": presets, "old": True}),
+    "w8a8-apart": Case(kind="W8A8", how={"apart": True}),
+    "w8a8-anti": Case(kind="W8A8", how={"anti": True}),
+    "w8a8-anti-mixed": Case(kind="W8A8", how={"anti": True, "choose": lambda n: "FLOAT" if n.endswith("v_proj") else ""}),
+    "w8a8-mixed": Case(kind="W8A8", how={"choose": mixed}),
+    "w8a8s": Case(kind="W8A8S"),
+    "dynamic": Case(kind="W8A8_DYNAMIC"),
+    "w8a16": Case(kind="W8A16"),
+    "w8a16-64": Case(kind="W8A16", how={"group_size": 64}, config={"intermediate_size": 260, "moe_intermediate_size": 140}),
+    "w8a16-128": Case(kind="W8A16", how={"group_size": 128}, config={"intermediate_size": 650, "hidden_size": 192}),
+    "w8a16-256": Case(kind="W8A16", how={"group_size": 256}, config={"intermediate_size": 700}),
+    "kv": Case(kind="FLOAT", how={"kv": "C8"}),
+    "kv-w8a8": Case(kind="W8A8", how={"kv": "C8", "old": True, "choose": presets}),
+    "fa3": Case(kind="FLOAT", how={"kv": "FAQuant"}),
+    "fa3-w8a16": Case(kind="W8A16", how={"kv": "FAQuant"}),
+}
+
+
+def make(family: str, name: str, folder: Path) -> tuple[Path, list[int], Tensor]:
+    """(checkpoint, ids, their logits in float64) of a family and a case by name; with ids of which no value is rounded that lies
+    between two integers."""
+    case = CASES[name]
+    sizes = {k: v for k, v in case.config.items() if family == "qwen2_moe" or not k.startswith("moe")}
+    source = float_checkpoint(folder / "float", family, 7, **sizes)
+    for seed in range(200):
+        ids = random_ids(TOKENS, 131, seed)
+        plain = quantized_checkpoint(source, folder / "made", case.kind, seed=seed, ids=ids, **case.how)
+        logits = plain.logits(ids)
+        if plain.margin > MARGIN:
+            return folder / "made", ids, logits
+    raise AssertionError("no ids without a near tie")
+
+
+def error(logprobs: Tensor, logits: Tensor) -> float:
+    """Of the worst row: relative, of what remains when its mean is taken away (log-probabilities know no more)."""
+    a, b = (x.double() - x.double().mean(1, keepdim=True) for x in (logprobs, logits))
+    return float(((a - b).norm(dim=1) / b.norm(dim=1)).max())

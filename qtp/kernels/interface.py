@@ -7,10 +7,12 @@ from typing import Protocol, overload
 from torch import Tensor
 
 from collectives.communicator import Communicator
-from qtp.kernels.quantized import Unscaled, Weight
+from qtp.weights.quantized import Unscaled, Weight
 
 Op = Callable[[Tensor], Tensor]
-RowOp = Callable[[Tensor], Tensor | Unscaled]
+Partial = Tensor | Unscaled  # a rank's part of a sum over ranks
+RowOp = Callable[[Tensor], Partial]
+Reduce = Callable[[Partial], Tensor]
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
 Cuts = tuple[int, ...]
@@ -58,7 +60,7 @@ class Kernels(Protocol):
     With a norm, an op takes norm(x) in place of x.
 
     A weight is row-major, its rows may lie apart (a stride). Outputs have the dtype of the input unless it is said otherwise.
-    A quantized one holds its bias itself, and its classes (`kernels.quantized`) say what y is.
+    A quantized one holds its bias itself, and its classes (`weights.quantized`) say what y is.
 
     `cuts` (see `layout.leaves`) asks for sums that do not depend on the world size: offsets 0 ... D that cut the D products of
     an output into leaves, each of which is added up by itself, in float32.
@@ -144,3 +146,13 @@ class Kernels(Protocol):
         leaves: the experts of each leaf. partial is then [leaves, T, D] float32; the sum of each leaf's experts, in their order,
         is added to its part, and what is returned is [T, D] float32, the leaves added along a binary tree."""
         ...
+
+
+def in_floats(op: RowOp) -> Op:
+    """`op`, with a sum that is in integers still scaled on this rank: where it is added to others before the ranks' are."""
+
+    def run(x: Tensor) -> Tensor:
+        partial = op(x)
+        return partial.scaled(partial.total) if isinstance(partial, Unscaled) else partial
+
+    return run

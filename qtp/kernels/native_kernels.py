@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 from collectives.communicator import Communicator
 from collectives.tree import tree_sum
+from qtp.kernels import native_quantized
 from qtp.kernels.extension import native, why_not
 from qtp.kernels.interface import Choose, Cuts, Expert, Experts, Head, Norm, Op
-from qtp.kernels.quantized import Weight
-from qtp.kernels.torch_kernels import TorchKernels, grouped
+from qtp.kernels.native_quantized import DTYPES
+from qtp.weights.quantized import Weight
 
 # Tokens from which on torch's matrix product is faster, in float32, bfloat16, float16; measured on 896 x 9728, 4864 x 896, 1536 x
 # 17920 by 1 and 2 threads. With AVX512 it is not: at 512 tokens in bfloat16 it gains up to 3 % at best, and loses more to norms
@@ -31,7 +32,6 @@ _MANY = {
     "baseline": (32, 32, 32),
 }
 _TILE = 512  # tokens; what is larger comes as fresh memory from the system each time, which doubles the time of a product
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class NativeKernels:
@@ -55,28 +55,27 @@ class NativeKernels:
         across: Communicator | None = None,
     ) -> Callable[[Tensor], Any]:
         if not isinstance(weight, Tensor):
-            return TorchKernels().linear(weight, bias, norm=norm, cuts=cuts, across=across)
+            assert bias is None, "a quantized weight holds its bias itself"
+            return native_quantized.linear(self, weight, norm=norm, cuts=cuts, across=across)
         assert bias is None or cuts is None, "a bias would be added to one rank's leaves"
         if norm is not None and norm.bias is not None:
             return _after(self.rms_norm(norm), self.linear(weight, bias, cuts=cuts))
-        return _Linear(weight, bias, norm=norm, cuts=cuts, many=self._many[_DTYPES[weight.dtype]])
+        return _Linear(weight, bias, norm=norm, cuts=cuts, many=self._many[DTYPES[weight.dtype]])
 
     def linear_leaves(self, weight: Weight, cuts: Cuts, across: Communicator | None = None) -> Op:
         if not isinstance(weight, Tensor):
-            return TorchKernels().linear_leaves(weight, cuts, across)
+            return native_quantized.linear_leaves(self, weight, cuts, across)
         leaves = [_Linear(weight[:, a:b], cuts=(0, b - a)) for a, b in pairwise(cuts)]
         return lambda x: torch.stack([leaf(x[:, a:b]) for leaf, (a, b) in zip(leaves, pairwise(cuts), strict=True)])
 
     def gated(self, weight: Weight, *, norm: Norm | None = None) -> Op:
         if not isinstance(weight, Tensor):
-            return TorchKernels().gated(weight, norm=norm)
+            return native_quantized.gated(self, weight, norm=norm)
         if norm is not None and norm.bias is not None:
             return _after(self.rms_norm(norm), self.gated(weight))
-        return _Linear(weight, gated=True, norm=norm, many=self._many[_DTYPES[weight.dtype]])
+        return _Linear(weight, gated=True, norm=norm, many=self._many[DTYPES[weight.dtype]])
 
     def rms_norm(self, norm: Norm) -> Op:
-        if norm.bias is not None:
-            return TorchKernels().rms_norm(norm)
         return lambda x: _normed(x, norm)
 
     def choose(self, top_k: int, norm_topk_prob: bool) -> Choose:
@@ -85,26 +84,26 @@ class NativeKernels:
             weights = logits.new_empty(tokens, top_k)
             chosen = torch.empty(tokens, top_k, dtype=torch.int64)
             result = (weights.data_ptr(), chosen.data_ptr())
-            native.choose(_DTYPES[logits.dtype], logits.data_ptr(), tokens, experts, top_k, norm_topk_prob, *result)
+            native.choose(DTYPES[logits.dtype], logits.data_ptr(), tokens, experts, top_k, norm_topk_prob, *result)
             return weights, chosen
 
         return run
 
     def scale(self, gate: Tensor, x: Tensor) -> Tensor:
         tokens, width = x.shape[-2:]
-        native.scale(_DTYPES[gate.dtype], gate.data_ptr(), _DTYPES[x.dtype], x.data_ptr(), x.numel() // width, tokens, width)
+        native.scale(DTYPES[gate.dtype], gate.data_ptr(), DTYPES[x.dtype], x.data_ptr(), x.numel() // width, tokens, width)
         return x
 
     def head(self, weight: Weight) -> Head:
         if not isinstance(weight, Tensor):
-            return TorchKernels().head(weight)
+            return native_quantized.QuantizedHead(self, weight)
         return _Head(weight)
 
     def experts(self, experts: Mapping[int, Expert], leaves: Sequence[range] | None = None) -> Experts:
         both = ((i, e.gate_up, e.down) for i, e in experts.items())
         held = {i: (up, down) for i, up, down in both if isinstance(up, Tensor) and isinstance(down, Tensor)}
         if len(held) < len(experts):
-            return grouped({i: (self.gated(e.gate_up), self.linear(e.down)) for i, e in experts.items()}, leaves)
+            return native_quantized.experts(self, experts, leaves)
         if leaves is None:
             return _Experts(held)
         parts = [_Experts({e: held[e] for e in leaf if e in held}) for leaf in leaves]
@@ -153,7 +152,7 @@ class _Linear:
             x = _normed(x, self._norm)
         if self._gated:
             both = F.linear(x, self._weight)
-            native.silu_and_mul(_DTYPES[x.dtype], both.data_ptr(), len(x), self._outputs, out.data_ptr())
+            native.silu_and_mul(DTYPES[x.dtype], both.data_ptr(), len(x), self._outputs, out.data_ptr())
         elif self._bias is None:
             torch.mm(x, self._weight.t(), out=out)
         else:
@@ -196,7 +195,8 @@ def _after(before: Op, op: Op) -> Op:
 
 def _normed(x: Tensor, norm: Norm) -> Tensor:
     out = torch.empty_like(x)
-    native.rms_norm(_DTYPES[x.dtype], x.data_ptr(), x.shape[0], x.shape[1], norm.weight.data_ptr(), norm.eps, out.data_ptr())
+    bias = 0 if norm.bias is None else norm.bias.data_ptr()
+    native.rms_norm(DTYPES[x.dtype], x.data_ptr(), x.shape[0], x.shape[1], norm.weight.data_ptr(), bias, norm.eps, out.data_ptr())
     return out
 
 
@@ -212,7 +212,7 @@ def _handle(
     rows, columns = weight.shape
     assert weight.stride(1) == 1 or min(weight.shape) < 2, "a weight is row-major"
     return native.Linear(
-        _DTYPES[weight.dtype],
+        DTYPES[weight.dtype],
         rows,
         columns,
         weight.data_ptr(),

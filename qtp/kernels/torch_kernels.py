@@ -13,7 +13,7 @@ from collectives.communicator import Communicator
 from collectives.tree import tree_sum
 from qtp.kernels import torch_quantized
 from qtp.kernels.interface import Choose, Cuts, Expert, Experts, Head, Norm, Op
-from qtp.kernels.quantized import W8A16, Float, Packed, Quantized, Weight, row_part
+from qtp.weights.quantized import W8A16, Float, Packed, Quantized, Weight, row_part
 
 
 class TorchKernels:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from collectives.communicator import Communicator
 from qtp.kernels.interface import Cuts
-from qtp.kernels.quantized import W8A8, W8A16, Float, Packed, Quantized, Unscaled, W8A8Dynamic
+from qtp.weights.quantized import W8A8, W8A16, Float, Packed, Quantized, Unscaled, W8A8Dynamic
 
 _EXACT = 1024  # columns of which every sum of products of int8 is below 2^24, and so exact in float32
 _ROWS = 8192  # that are brought to float32 at a time

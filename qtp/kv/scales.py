@@ -15,16 +15,17 @@ def kv_scales(config: ModelConfig, tensors: Mapping[str, Tensor]) -> KVScales | 
     be."""
     if config.quantization is None or config.quantization.kv_cache is None:
         return None
-    heads_only = config.quantization.kv_cache == FAQUANT
+    heads_only, source = config.quantization.kv_cache == FAQUANT, config.quantization.source
 
     def of(name: str) -> Tensor:
         layers = []
         for i in range(config.num_layers):
             values = tensors[f"layers.{i}.attention.{name}"]
-            if not bool((values.isfinite() & (values > 0) if name.endswith("scale") else values.abs() <= 128).all()):
+            fine = values.isfinite() & (values > 0) if name.endswith("scale") else values.abs() <= 128
+            if not bool(fine.all()):
                 raise ValueError(
-                    f"{config.quantization and config.quantization.source}: layer {i} has a {name.replace('_', ' ')} of its KV cache "
-                    "that cannot be (a scale is a number above 0, an offset one from -128 to 127); quantize the checkpoint again"
+                    f"{source}: layer {i} has a {name.replace('_', ' ')} of its KV cache that cannot be (a scale is a number "
+                    "above 0, an offset one from -128 to 127); quantize the checkpoint again"
                 )
             layers.append(values)
         return torch.stack(layers)

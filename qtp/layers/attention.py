@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from qtp.attention.backend import AttentionBackend
-from qtp.kernels.interface import Op
+from qtp.kernels.interface import Op, Partial, RowOp
 
 
 class Attention:
@@ -13,10 +13,10 @@ class Attention:
     `AttentionBackend.run`.
     """
 
-    def __init__(self, qkv: Op, o: Op, backend: AttentionBackend, *, layer: int, head_dim: int, window: int | None) -> None:
+    def __init__(self, qkv: Op, o: RowOp, backend: AttentionBackend, *, layer: int, head_dim: int, window: int | None) -> None:
         self.qkv, self.o, self.backend = qkv, o, backend
         self.layer, self.head_dim, self.window = layer, head_dim, window
 
-    def __call__(self, x_TD: Tensor, plan: object) -> Tensor:
+    def __call__(self, x_TD: Tensor, plan: object) -> Partial:
         qkv_THd = self.qkv(x_TD).unflatten(-1, (-1, self.head_dim))
         return self.o(self.backend.run(plan, self.layer, qkv_THd, self.window).flatten(1))

@@ -12,8 +12,8 @@ from qtp.kernels.interface import Choose, Experts, Op
 
 class MoE:
     """sum over the top K experts e of p_e * expert_e(x), plus sigmoid(shared_gate(x)) * shared(x), where p = softmax(router(x)),
-    renormalised over the K if the model says so (`choose`), and x went through `norm`; `scale` is `Kernels.scale`. anti_norm: what
-    the experts' x went through instead, where quantized ones have a norm of their own (`Norm.anti`).
+    renormalised over the K if the model says so (`choose`), and x went through `norm`; `scale` is `Kernels.scale`. anti_norm:
+    what the experts' x went through instead, where quantized ones have a norm of their own (`Norm.anti`).
 
     Router and shared gate are on every rank; `experts` holds those (or the columns of those) that this rank owns.
     Takes the full x_TD and gives ONE partial sum [T, D]: routed and shared parts added, to be reduced together. Where sums must

@@ -14,7 +14,7 @@ from collectives.communicator import Communicator
 from qtp.attention.backend import AttentionBackend
 from qtp.batch import Batch
 from qtp.config import ModelConfig
-from qtp.kernels.interface import Cuts, Kernels, Norm, Op
+from qtp.kernels.interface import Cuts, Kernels, Norm, Reduce, RowOp
 from qtp.layers.attention import Attention
 from qtp.layers.embedding import VocabEmbedding
 from qtp.layers.mlp import GatedMLP
@@ -31,7 +31,7 @@ class Place:
     rank: int
     grid: Grid
     comm: Communicator
-    reduce: Op
+    reduce: Reduce
     kernels: Kernels
     attention: AttentionBackend
     cuts: Mapping[str, Cuts]
@@ -41,7 +41,7 @@ class Block:
     """One decoder layer. `attention` and `feed_forward` (a GatedMLP or a MoE) each begin with their RMSNorm, which is fused with
     what follows, and give one partial sum."""
 
-    def __init__(self, attention: Attention, feed_forward: Op, reduce: Op) -> None:
+    def __init__(self, attention: Attention, feed_forward: RowOp, reduce: Reduce) -> None:
         self.attention, self.feed_forward, self.reduce = attention, feed_forward, reduce
 
     def __call__(self, x_TD: Tensor, plan: object) -> Tensor:
@@ -82,7 +82,7 @@ class Qwen2ForCausalLM:
         return self.head.best(hidden_RD, count, allowed)
 
 
-def block(config: ModelConfig, shard: Shard, place: Place, layer: int, feed_forward: Op) -> Block:
+def block(config: ModelConfig, shard: Shard, place: Place, layer: int, feed_forward: RowOp) -> Block:
     own = f"layers.{layer}"
     qkv, bias = shard[f"{own}.attention.qkv.weight"], shard.get(f"{own}.attention.qkv.bias")
     attention = Attention(
@@ -108,5 +108,5 @@ def mlp(shard: Shard, place: Place, own: str, norm: Norm) -> GatedMLP:
     return GatedMLP(gated, row_linear(shard, place, f"{own}.down.weight"))
 
 
-def row_linear(shard: Shard, place: Place, name: str) -> Op:
+def row_linear(shard: Shard, place: Place, name: str) -> RowOp:
     return place.kernels.linear(shard[name], cuts=place.cuts.get(name), across=place.comm)

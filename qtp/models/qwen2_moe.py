@@ -4,8 +4,10 @@ Qwen2 with a mixture of experts in place of the MLP of the sparse layers. Expert
 grid and by columns inside a group, the shared expert by columns over all ranks; their partial sums are reduced together.
 """
 
+from torch import Tensor
+
 from qtp.config import ModelConfig, MoeConfig
-from qtp.kernels.interface import Expert, Norm
+from qtp.kernels.interface import Expert, Norm, in_floats
 from qtp.layers.mlp import GatedMLP
 from qtp.layers.moe import MoE
 from qtp.layout.leaves import leaf_experts
@@ -37,15 +39,17 @@ def moe(config: MoeConfig, shard: Shard, place: Place, own: str, norm: Norm) -> 
         Expert(*(shard[f"{own}.experts.{e}.{name}.weight"] for name in ("gate_up", "down"))) for e in range(config.num_experts)
     ]
     down, cuts = shard[f"{own}.shared.down.weight"], place.cuts.get(f"{own}.shared.down.weight")
-    shared_down = in_floats(kernels.linear(down, across=place.comm)) if cuts is None else kernels.linear_leaves(down, cuts, place.comm)
+    row = kernels.linear(down, across=place.comm) if cuts is None else kernels.linear_leaves(down, cuts, place.comm)
+    shared = shard[f"{own}.shared.gate_up.weight"]
+    anti = norm.anti if not isinstance(shared, Tensor) else None
     leaves = None if cuts is None else leaf_experts(config.num_experts, place.rank, place.grid)
     return MoE(
         norm=kernels.rms_norm(norm),
-        anti_norm=None if norm.anti is None else kernels.rms_norm(norm.anti),
+        anti_norm=None if anti is None else kernels.rms_norm(anti),
         router=kernels.linear(shard[f"{own}.router.weight"]),
         choose=kernels.choose(config.top_k, config.norm_topk_prob),
         experts=kernels.experts({e: expert for e, expert in enumerate(weights) if all(expert.down.shape)}, leaves),
-        shared=GatedMLP(kernels.gated(shard[f"{own}.shared.gate_up.weight"]), shared_down),
+        shared=in_floats(GatedMLP(kernels.gated(shared), row)),
         shared_gate=kernels.linear(shard[f"{own}.shared_gate.weight"]),
         scale=kernels.scale,
     )

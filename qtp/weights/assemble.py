@@ -1,31 +1,35 @@
 """From the loaded tensors of a quantized checkpoint to what the model files take. Imports no torch."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qtp.config import ModelConfig
-from qtp.kernels.quantized import Float, Packed, Quantized
 from qtp.layout.split import Grid
 from qtp.quantization import FLOAT
 from qtp.weights.formats import FORMATS
 from qtp.weights.names import quantized_layers
+from qtp.weights.quantized import Float, Packed, Quantized
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Shard = Mapping[str, "Tensor | Quantized | Packed"]
+Shard = Mapping[str, Any]  # a Tensor, or of a linear layer a Quantized or Packed weight
 
 
-def assemble(config: ModelConfig, tensors: "Mapping[str, Tensor]", rank: int, grid: Grid) -> "dict[str, Tensor | Quantized | Packed]":
-    """`tensors`, in which each quantized layer has become one weight, under the name that it would have as a float one. ValueError
-    naming a tensor whose values cannot be."""
-    shard: dict[str, Tensor | Quantized | Packed] = dict(tensors)
+def assemble(config: ModelConfig, tensors: "Mapping[str, Tensor]", rank: int, grid: Grid) -> "Shard":
+    """`tensors`, in which each quantized layer has become one weight, under the name that it would have as a float one.
+    ValueError naming a tensor whose values cannot be."""
+    shard: dict[str, Any] = dict(tensors)
     for name, parts in quantized_layers(config):
         weights: list[Quantized | Float] = []
         for part in parts:
-            weights += FORMATS[part.kind].assemble(part, tensors, rank, grid)
             for spec in FORMATS[part.kind].specs(part):
                 del shard[spec.name]
+            if any(tensors[f"{part.own}.weight"].shape):
+                weights += FORMATS[part.kind].assemble(part, tensors, rank, grid)
+        if not weights:  # an expert of other ranks
+            shard[name] = tensors[f"{parts[0].own}.weight"]
+            continue
         first = weights[0]
         shard[name] = first if len(weights) == 1 and not isinstance(first, Float) else Packed(tuple(weights))
     return shard
@@ -38,7 +42,11 @@ def check_quantization(config: ModelConfig, grid: Grid) -> None:
         return
     for layer in moe.layers:
         experts = [f"model.layers.{layer}.mlp.experts.{e}" for e in range(moe.num_experts)]
-        names = [f"{mlp}.{n}_proj.weight" for mlp in (*experts, f"model.layers.{layer}.mlp.shared_expert") for n in ("gate", "up", "down")]
+        names = [
+            f"{mlp}.{n}_proj.weight"
+            for mlp in (*experts, f"model.layers.{layer}.mlp.shared_expert")
+            for n in ("gate", "up", "down")
+        ]
         kinds = {quantization.type_of(name) for name in names}
         if grid.moe_tp > 1 and "W8A8_DYNAMIC" in kinds:
             raise ValueError(
@@ -49,6 +57,6 @@ def check_quantization(config: ModelConfig, grid: Grid) -> None:
         inputs = {quantization.type_of(name) for name in names if "down_proj" not in name}
         if anti and FLOAT in inputs and len(inputs) > 1:
             raise ValueError(
-                f"{quantization.source}: layer {layer} has an anti-outlier norm, and of its experts some are float and some are not; "
-                "quantize it again with all of them in one form"
+                f"{quantization.source}: layer {layer} has an anti-outlier norm, and of its experts some are float and some are "
+                "not; quantize it again with all of them in one form"
             )

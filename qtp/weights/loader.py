@@ -53,10 +53,10 @@ def load(
     device: torch.device,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Shard:
-    """The tensors of `rank` by `Spec.name`, contiguous, in the dtypes of the specs; empty where it holds nothing. On a CPU they share one block of memory.
-    `progress` is told, in the calling thread, the number of checkpoint bytes after each piece; what it raises ends the reading.
-    Memory beyond the result: a piece of 8 MiB if dtype differs from the file's, one tensor if the device is not the CPU.
-    Raises ValueError if a file ends early or changes meanwhile."""
+    """The tensors of `rank` by `Spec.name`, contiguous, in the dtypes of the specs; empty where it holds nothing. On a CPU they
+    share one block of memory. `progress` is told, in the calling thread, the number of checkpoint bytes after each piece; what it
+    raises ends the reading. Memory beyond the result: a piece of 8 MiB if dtype differs from the file's, one tensor if the device
+    is not the CPU. Raises ValueError if a file ends early or changes meanwhile."""
     readers = ThreadPoolExecutor(_READERS, "reader")
     shard: Shard = {}
     try:
@@ -137,7 +137,9 @@ def _convert(store: Store, piece: _Piece) -> int:
     values = torch.frombuffer(raw, dtype=stored)
     if stored == torch.int64:
         if not bool((values >> 31 == 0).all()):
-            raise ValueError(f"{store.entries[piece.name].file}: tensor {piece.name} holds integers that are no bits of a float32 above 0")
+            raise ValueError(
+                f"{store.entries[piece.name].file}: tensor {piece.name} holds integers that are no bits of a float32 above 0"
+            )
         values = values.to(torch.int32).view(torch.float32)
     torch.frombuffer(piece.into, dtype=piece.dtype).copy_(values)
     return len(raw)

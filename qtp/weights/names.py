@@ -10,7 +10,7 @@ from itertools import groupby
 from qtp.config import ModelConfig, MoeConfig
 from qtp.layout.spec import FLOAT32, RUN, Part, Spec
 from qtp.layout.split import Even, Expert, KVHeads, QueryHeads, Replicate, Split
-from qtp.quantization import C8, FLOAT, Quantization
+from qtp.quantization import C8, FAQUANT, FLOAT, Quantization
 from qtp.weights.formats import FORMATS, Linear
 
 Layer = tuple[str, tuple[Linear, ...]]  # its weight's name in the running model, and its parts by format
@@ -51,14 +51,18 @@ def _block(config: ModelConfig, layer: int) -> Iterator[Spec | Layer]:
 
     yield from _norm(quantization, f"{own}.input_norm", f"{theirs}.input_layernorm", hidden)
     yield from _linear(quantization, f"{own}.attention.qkv", *packed, biased=config.qkv_bias)
-    yield from _linear(quantization, f"{own}.attention.o", (f"{theirs}.self_attn.o_proj", (hidden, q_width), QueryHeads(1, heads)))
+    yield from _linear(
+        quantization, f"{own}.attention.o", (f"{theirs}.self_attn.o_proj", (hidden, q_width), QueryHeads(1, heads))
+    )
     yield from _kv_cache(config, f"{own}.attention", f"{theirs}.self_attn")
     yield from _norm(quantization, f"{own}.post_norm", f"{theirs}.post_attention_layernorm", hidden)
     if config.moe is not None and layer in config.moe.layers:
         yield from _moe(config.moe, quantization, hidden, f"{own}.moe", f"{theirs}.mlp")
     else:
         unit = _unit(quantization, f"{theirs}.mlp")
-        yield from _mlp(quantization, f"{own}.mlp", f"{theirs}.mlp", hidden, config.intermediate_size, Even(0, unit), Even(1, unit))
+        yield from _mlp(
+            quantization, f"{own}.mlp", f"{theirs}.mlp", hidden, config.intermediate_size, Even(0, unit), Even(1, unit)
+        )
 
 
 def _moe(moe: MoeConfig, quantization: Quantization | None, hidden: int, own: str, theirs: str) -> Iterator[Spec | Layer]:
@@ -120,15 +124,16 @@ def _kv_cache(config: ModelConfig, own: str, theirs: str) -> Iterator[Spec]:
         return
     heads = config.heads
     query, kv = QueryHeads(0, heads), KVHeads(0, heads)
+    channels, kv_heads = (config.num_kv_heads * config.head_dim,), (config.num_kv_heads, 1)
     for word in ("scale", "offset"):
-        if config.quantization.kv_cache == C8:
-            width = (config.num_kv_heads * config.head_dim,)
-            of = {n: (f"{theirs}.{n[0]}_proj.kv_cache_{word}", width, kv) for n in ("key", "value")}
-        else:
-            of = {n: (f"{theirs}.fa_{n[0]}.{word}", (config.num_kv_heads, 1), kv) for n in ("key", "value")}
-            of["query"] = (f"{theirs}.fa_q.{word}", (config.num_heads, 1), query)
-        for name, part in of.items():
-            yield Spec(f"{own}.{name}_{word}", (Part(*part),), FLOAT32)
+        for name in ("key", "value"):
+            if config.quantization.kv_cache == C8:
+                part = Part(f"{theirs}.{name[0]}_proj.kv_cache_{word}", channels, kv)
+            else:
+                part = Part(f"{theirs}.fa_{name[0]}.{word}", kv_heads, kv)
+            yield Spec(f"{own}.{name}_{word}", (part,), FLOAT32)
+        if config.quantization.kv_cache == FAQUANT:
+            yield Spec(f"{own}.query_{word}", (Part(f"{theirs}.fa_q.{word}", (config.num_heads, 1), query),), FLOAT32)
 
 
 def _unit(quantization: Quantization | None, mlp: str) -> int:

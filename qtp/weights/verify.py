@@ -16,15 +16,20 @@ def verify(store: Store, specs: Sequence[Spec], grid: Grid) -> None:
     Raises ValueError naming the first tensor of which this is not so. Reads no data."""
     for spec in specs:
         for part in spec.parts:
-            if part.name.endswith("k_proj.kv_cache_scale") and store.entries.get(part.name, None) and store.entries[part.name].shape in ((), (1,)):
-                raise ValueError(
-                    f"{store.entries[part.name].file}: tensor {part.name} is one scale for all channels; keys of this family have "
-                    "channels a hundred times as large as others, quantize the checkpoint again with a scale for each channel"
-                )
+            _check_keys(store, part.name)
             entry = store.check(part.name, part.shape)
             if entry.dtype not in _STORED[spec.dtype]:
                 raise ValueError(
-                    f"{entry.file}: tensor {part.name} has dtype {entry.dtype}, and should have {' or '.join(_STORED[spec.dtype])}; "
-                    "config.json, the description of a quantized checkpoint and the weight files do not belong together"
+                    f"{entry.file}: tensor {part.name} has dtype {entry.dtype}, and should have "
+                    f"{' or '.join(_STORED[spec.dtype])}; config.json, the description of a quantized checkpoint and the weight "
+                    "files do not belong together"
                 )
             check_covered(part.shape, part.split, grid)
+
+
+def _check_keys(store: Store, name: str) -> None:
+    if name.endswith("k_proj.kv_cache_scale") and name in store.entries and store.entries[name].shape in ((), (1,)):
+        raise ValueError(
+            f"{store.entries[name].file}: tensor {name} is one scale for all channels; keys of this family have channels a "
+            "hundred times as large as others, quantize the checkpoint again with a scale for each channel"
+        )

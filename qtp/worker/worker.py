@@ -12,9 +12,8 @@ from qtp.attention.native_backend import NativeAttention
 from qtp.attention.torch_backend import TorchAttention
 from qtp.batch import make_batch
 from qtp.config import EngineConfig, ModelConfig
-from qtp.kernels.interface import Op
+from qtp.kernels.interface import Op, Partial, Reduce
 from qtp.kernels.native_kernels import NativeKernels
-from qtp.kernels.quantized import Unscaled
 from qtp.kernels.torch_kernels import TorchKernels
 from qtp.kv.cache import KVCache
 from qtp.kv.scales import kv_scales
@@ -24,6 +23,7 @@ from qtp.models import FAMILIES, Place
 from qtp.weights.assemble import assemble
 from qtp.weights.loader import load
 from qtp.weights.names import declare
+from qtp.weights.quantized import Unscaled
 from qtp.weights.store import Store
 from qtp.weights.verify import verify
 from qtp.wire.messages import Chunk, Ready, StepPlan, StepResult, TokenLogprobs
@@ -143,10 +143,10 @@ class Worker:
         return told
 
 
-def _reduce(comm: Communicator, floats: Op) -> Callable[[torch.Tensor | Unscaled], torch.Tensor]:
+def _reduce(comm: Communicator, floats: Op) -> Reduce:
     """Adds partial sums over the ranks: of integers before they are scaled, of floats by `floats`."""
 
-    def run(partial: torch.Tensor | Unscaled) -> torch.Tensor:
+    def run(partial: Partial) -> torch.Tensor:
         if isinstance(partial, Unscaled):
             return partial.scaled(comm.all_reduce(partial.total))
         return floats(partial)

@@ -55,7 +55,11 @@ def test_only_the_cache_may_be_quantized(tmp_path: Path) -> None:
         ({"quantize": "w8a8", "quantization_config": 3}, {}, "quantization_config must be an object"),
         ({"quantization_config": {"quant_method": "gptq"}}, {}, "quant_method 'gptq' is not supported"),
         ({"quantize": "w8a8", "quantization_config": {"group_size": 100}}, {}, "group_size 100 is not supported"),
-        ({"quantize": "w8a16", "quantization_config": {"group_size": 64}}, {"group_size": 128}, "group_size 128 disagrees with 64"),
+        (
+            {"quantize": "w8a16", "quantization_config": {"group_size": 64}},
+            {"group_size": 128},
+            "group_size 128 disagrees with 64",
+        ),
         ({"quantize": "w8a8"}, {"model_quant_type": "W8A16"}, "model_quant_type 'W8A16' disagrees with quantize 'w8a8'"),
         ({"quantize": "w8a8", "quantization_config": {"kv_quant_type": "C4"}}, {}, "kv_quant_type 'C4' is not supported"),
         ({"quantize": "w8a8", "quantization_config": {"kv_quant_type": "C8"}}, {"fa_quant_type": "FAQuant"}, "not of both"),
@@ -68,7 +72,9 @@ def test_what_cannot_be_is_refused(tmp_path: Path, config: dict[str, Any], descr
 
 
 def test_a_description_is_needed(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"neither quant_model_description.json nor quant_model_description_w8a8.json is beside it"):
+    with pytest.raises(
+        ValueError, match=r"neither quant_model_description.json nor quant_model_description_w8a8.json is beside it"
+    ):
         read(tmp_path, {"quantize": "w8a8"})
 
 

@@ -38,6 +38,9 @@ inline PyCFunction fast(FastCall call) { return reinterpret_cast<PyCFunction>(re
 // Adds Linear and Experts. False: an exception is set.
 bool add_linear_types(PyObject* module);
 
+// Adds Int8Linear, likewise.
+bool add_int8_type(PyObject* module);
+
 extern PyMethodDef attention_functions[];
 
 }  // namespace qtp

@@ -10,7 +10,7 @@
 namespace qtp {
 namespace {
 
-constexpr long kInterface = 1;          // raised when a signature changes: an old build is then told from a new one
+constexpr long kInterface = 2;          // raised when a signature changes: an old build is then told from a new one
 constexpr size_t kWorthAThread = 32768;  // elements
 
 int threads_for_rows(size_t rows, size_t width) {
@@ -41,17 +41,17 @@ PyObject* choose_isa(PyObject*, PyObject* index) {
   Py_RETURN_NONE;
 }
 
-// rms_norm(dtype, x, rows, width, weight, eps, out)
+// rms_norm(dtype, x, rows, width, weight, bias, eps, out)
 PyObject* rms_norm(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  size_t a[5];
-  if (given != 7) return PyErr_Format(PyExc_TypeError, "needs 7 arguments, not %zd", given);
-  if (!read_sizes(args, 5, 5, a)) return nullptr;
-  const double eps = PyFloat_AsDouble(args[5]);
-  const size_t out = PyLong_AsSize_t(args[6]);
+  size_t a[6];
+  if (given != 8) return PyErr_Format(PyExc_TypeError, "needs 8 arguments, not %zd", given);
+  if (!read_sizes(args, 6, 6, a)) return nullptr;
+  const double eps = PyFloat_AsDouble(args[6]);
+  const size_t out = PyLong_AsSize_t(args[7]);
   if (PyErr_Occurred() || !check_dtype(a[0])) return nullptr;
   Py_BEGIN_ALLOW_THREADS;
   parallel(threads_for_rows(a[2], a[3]), [&](int thread, int all) {
-    rows_table(DType(a[0])).norm(address(a[1]), a[3], address(a[4]), float(eps), address(out), share(a[2], thread, all));
+    rows_table(DType(a[0])).norm(address(a[1]), a[3], address(a[4]), address(a[5]), float(eps), address(out), share(a[2], thread, all));
   });
   Py_END_ALLOW_THREADS;
   Py_RETURN_NONE;
@@ -116,7 +116,7 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "qtp.kernels._native", nullptr,
 PyMODINIT_FUNC PyInit__native() {
   PyObject* module = PyModule_Create(&qtp::definition);
   if (module == nullptr) return nullptr;
-  if (!qtp::add_linear_types(module) || PyModule_AddIntConstant(module, "INTERFACE", qtp::kInterface) != 0 ||
+  if (!qtp::add_linear_types(module) || !qtp::add_int8_type(module) || PyModule_AddIntConstant(module, "INTERFACE", qtp::kInterface) != 0 ||
       PyModule_AddFunctions(module, qtp::attention_functions) != 0) {
     Py_DECREF(module);
     return nullptr;

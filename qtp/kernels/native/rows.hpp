@@ -10,8 +10,9 @@
 namespace qtp {
 
 struct RowsTable {
-  // out = x / sqrt(mean(x^2) + eps), rounded, times weight, rounded; rows of `width` elements, one after the other.
-  void (*norm)(const void* x, size_t width, const void* weight, float eps, void* out, Range rows);
+  // out = x / sqrt(mean(x^2) + eps), rounded, times weight, plus bias unless it is null, rounded; rows of `width` elements, one after
+  // the other.
+  void (*norm)(const void* x, size_t width, const void* weight, const void* bias, float eps, void* out, Range rows);
   // out[i] = silu(x[i]) * x[width + i]; rows of x are 2 * width long.
   void (*gate)(const void* x, size_t width, void* out, Range rows);
   // x[i] *= sigmoid(gate), gate being one element of the table's dtype and x of another.

@@ -4,17 +4,18 @@ namespace QTP_ISA {
 namespace {
 
 #include "vectors.inl"
+#include "normed.inl"
 
 template <class E>
-void norm(const void* x_, size_t width, const void* weight_, float eps, void* out_, Range rows) {
+void norm(const void* x_, size_t width, const void* weight_, const void* bias_, float eps, void* out_, Range rows) {
   using S = typename E::stored;
-  const S* weight = static_cast<const S*>(weight_);
+  const S *weight = static_cast<const S*>(weight_), *bias = static_cast<const S*>(bias_);
   for (size_t row = rows.begin; row < rows.end; ++row) {
     const S* x = static_cast<const S*>(x_) + row * width;
     S* out = static_cast<S*>(out_) + row * width;
     const F scale = all(inverse_root_mean_square<E>(x, width, eps));
     for (size_t i = 0; i < width; i += kLanes)
-      store_up_to<E>(out + i, rounded<E>(load_up_to<E>(x + i, width - i) * scale) * load_up_to<E>(weight + i, width - i), width - i);
+      store_up_to<E>(out + i, normed<E>(x, scale, weight, bias, i, width - i), width - i);
   }
 }
 

@@ -1,10 +1,10 @@
 """One file a format: which tensors of the checkpoint hold a linear layer, how each is cut, and what a rank makes of them."""
 
+from qtp.weights.formats.dense import DenseFormat
 from qtp.weights.formats.format import Format, Linear
 from qtp.weights.formats.w8a8 import W8A8Format
 from qtp.weights.formats.w8a8_dynamic import W8A8DynamicFormat
 from qtp.weights.formats.w8a16 import W8A16Format
-from qtp.weights.formats.dense import DenseFormat
 
 FORMATS: dict[str, Format] = {
     "FLOAT": DenseFormat(),

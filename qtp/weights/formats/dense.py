@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from qtp.kernels.quantized import Float
 from qtp.layout.spec import RUN, Spec
 from qtp.layout.split import Grid
 from qtp.weights.formats.format import Linear, Tensors
+from qtp.weights.quantized import Float
 
 
 class DenseFormat:

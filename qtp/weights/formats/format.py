@@ -6,9 +6,9 @@ from itertools import pairwise
 from math import isfinite
 from typing import TYPE_CHECKING, Protocol
 
-from qtp.kernels.quantized import Float, Quantized
 from qtp.layout.spec import RUN, Part, Spec
 from qtp.layout.split import Grid, OfRows, Split
+from qtp.weights.quantized import Float, Quantized
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,13 +80,17 @@ def sibling(part: Part, suffix: str) -> str:
 def check_scales(linear: Linear, suffix: str, values: "Tensor") -> None:
     """Raises ValueError if one is not a finite number above 0."""
     if not bool(((values > 0) & values.isfinite()).all()):
-        raise ValueError(f"{_among(linear, suffix)}: a scale that is zero, negative or not a number; quantize the checkpoint again")
+        raise ValueError(
+            f"{_among(linear, suffix)}: a scale that is zero, negative or not a number; quantize the checkpoint again"
+        )
 
 
 def check_offsets(linear: Linear, suffix: str, values: "Tensor") -> None:
     """Raises ValueError if one is not a finite number within int8, where offsets lie."""
     if not bool((values.abs() <= 128).all()):
-        raise ValueError(f"{_among(linear, suffix)}: an offset that is not a number from -128 to 127; quantize the checkpoint again")
+        raise ValueError(
+            f"{_among(linear, suffix)}: an offset that is not a number from -128 to 127; quantize the checkpoint again"
+        )
 
 
 def number(linear: Linear, suffix: str, value: float) -> float:

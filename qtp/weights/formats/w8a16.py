@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from qtp.kernels.quantized import W8A16
 from qtp.layout.spec import FLOAT32, INT8, Part, Spec
 from qtp.layout.split import Grid, OfGroups
 from qtp.weights.formats.format import Linear, Tensors, check_offsets, check_scales, matrix
+from qtp.weights.quantized import W8A16
 
 
 class W8A16Format:

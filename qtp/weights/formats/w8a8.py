@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from qtp.kernels.quantized import W8A8
 from qtp.layout.spec import FLOAT32, INT8, INT32, SCALE_BITS, Part, Spec
 from qtp.layout.split import Grid, With
 from qtp.weights.formats.format import Linear, Tensors, check_offsets, check_scales, matrix
+from qtp.weights.quantized import W8A8
 
 
 class W8A8Format:

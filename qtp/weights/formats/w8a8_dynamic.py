@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from qtp.kernels.quantized import W8A8Dynamic
 from qtp.layout.spec import FLOAT32, INT8, Spec
 from qtp.layout.split import Grid
 from qtp.weights.formats.format import Linear, Tensors, check_scales, sibling
+from qtp.weights.quantized import W8A8Dynamic
 
 
 class W8A8DynamicFormat:

@@ -1,0 +1,207 @@
+"""Native kernels of quantized weights; they give what `torch_quantized` gives, sums of integers bit for bit.
+
+int8 weights are read where they lie. W8A16 adds up in float32 in an order that depends on the weight alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collectives.communicator import Communicator
+from collectives.tree import tree_sum
+from qtp.kernels.extension import native
+from qtp.kernels.interface import Cuts, Expert, Experts, Kernels, Norm, Op
+from qtp.kernels.torch_kernels import grouped, top
+from qtp.kernels.torch_quantized import columns_of, first_leaf, token_maxima, token_scales
+from qtp.weights.quantized import W8A8, W8A16, Float, Packed, Quantized, Unscaled, W8A8Dynamic, Weight, row_part
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_RUN_DTYPE, _FLOAT, _INTEGER = range(3)  # what comes out of a handle
+_TILE = 512  # tokens; what is larger comes as fresh memory from the system each time
+
+
+def linear(
+    kernels: Kernels,
+    weight: Quantized | Float | Packed,
+    *,
+    norm: Norm | None = None,
+    cuts: Cuts | None = None,
+    across: Communicator | None = None,
+) -> Callable[[Tensor], Any]:
+    """`Kernels.linear`, of `kernels` for the float parts."""
+    if isinstance(weight, Packed):
+        return _Side([linear(kernels, part, norm=norm, cuts=cuts) for part in weight.parts], weight)
+    if isinstance(weight, Float):
+        return kernels.linear(weight.weight, weight.bias, norm=norm, cuts=cuts)
+    if across is not None and not isinstance(weight, W8A16):
+        return _Across(weight, norm, across)
+    if cuts is None:
+        return _Linear(weight, norm)
+    assert norm is None, "a row linear with a norm"
+    leaves = linear_leaves(kernels, weight, cuts)
+    return lambda x: tree_sum(leaves(x).unbind())
+
+
+def linear_leaves(kernels: Kernels, weight: Quantized | Packed, cuts: Cuts, across: Communicator | None = None) -> Op:
+    if isinstance(weight, Packed):
+        ops = [kernels.linear_leaves(row_part(part), cuts, across) for part in weight.parts]
+        return lambda x: torch.cat([op(x) for op in ops], dim=2)
+    row_part(weight)
+    handles = [Handle(leaf) for leaf in _leaves_of(weight, cuts)]
+    outputs = weight.shape[0]
+
+    def run(x: Tensor) -> Tensor:
+        maxima = token_maxima(x, across) if isinstance(weight, W8A8Dynamic) else None
+        out = torch.empty(len(handles), x.shape[0], outputs, dtype=torch.float32)
+        for handle, leaf, (a, b) in zip(handles, out, pairwise(cuts), strict=True):
+            handle.run(x[:, a:b], leaf, _FLOAT, maxima)
+        return out
+
+    return run
+
+
+def gated(kernels: Kernels, weight: Quantized | Packed, *, norm: Norm | None = None) -> Op:
+    both, width = linear(kernels, weight, norm=norm), weight.shape[0] // 2
+
+    def run(x: Tensor) -> Tensor:
+        out = torch.empty(x.shape[0], width, dtype=x.dtype)
+        for some, into in zip(x.split(_TILE), out.split(_TILE), strict=True):
+            gate_up = both(some)
+            native.silu_and_mul(DTYPES[x.dtype], gate_up.data_ptr(), len(some), width, into.data_ptr())
+        return out
+
+    return run
+
+
+class QuantizedHead:
+    def __init__(self, kernels: Kernels, weight: Quantized | Packed) -> None:
+        self.logits = _wide(kernels, weight)
+
+    def best(self, x: Tensor, count: int, allowed: int) -> tuple[Tensor, Tensor]:
+        return top(self.logits(x)[:, :allowed], count)
+
+
+def experts(kernels: Kernels, experts: Mapping[int, Expert], leaves: Sequence[range] | None = None) -> Experts:
+    """`Kernels.experts`, expert after expert; each token's experts are added up in float32 and rounded once."""
+    add = grouped({i: (kernels.gated(e.gate_up), _wide(kernels, e.down)) for i, e in experts.items()}, leaves)
+    if leaves is not None:
+        return add
+    return lambda x, weights, chosen, partial: partial.add_(add(x, weights, chosen, torch.zeros(partial.shape)))
+
+
+def _wide(kernels: Kernels, weight: "Weight | Float") -> Op:
+    """As `linear`, to float32."""
+    if isinstance(weight, Packed):
+        return _Side([_wide(kernels, part) for part in weight.parts], weight)
+    if isinstance(weight, Float) and weight.bias is not None:
+        product, bias = _wide(kernels, weight.weight), weight.bias.float()
+        return lambda x: product(x).add_(bias)
+    if isinstance(weight, Float):
+        return _wide(kernels, weight.weight)
+    if isinstance(weight, Tensor):
+        return kernels.linear(weight, cuts=(0, weight.shape[1]))
+    return _Linear(weight, form=_FLOAT)
+
+
+def _leaves_of(weight: Quantized, cuts: Cuts) -> list[Quantized]:
+    """The columns of each leaf; of W8A8 only the first one has quant_bias."""
+    if isinstance(weight, W8A16):
+        return [columns_of(weight, a, b) for a, b in pairwise(cuts)]
+    pieces = [weight.weight[:, a:b] for a, b in pairwise(cuts)]
+    if isinstance(weight, W8A8Dynamic):
+        return [W8A8Dynamic(w, weight.weight_scale, None) for w in pieces]
+    biases = [torch.zeros_like(weight.quant_bias)] * len(pieces)
+    biases[first_leaf(cuts)] = weight.quant_bias
+    each = zip(pieces, biases, strict=True)
+    return [W8A8(w, weight.input_scale, weight.input_offset, bias, weight.deq_scale) for w, bias in each]
+
+
+class _Side:
+    """The outputs of ops side by side."""
+
+    __slots__ = ("_ops", "_weight")
+
+    def __init__(self, ops: Sequence[Op], weight: Packed) -> None:
+        self._ops, self._weight = ops, weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([op(x) for op in self._ops], dim=1)
+
+
+class _Linear:
+    __slots__ = ("_dtype", "_form", "_handle", "_outputs")
+
+    def __init__(self, weight: Quantized, norm: Norm | None = None, form: int = _RUN_DTYPE) -> None:
+        self._handle, self._outputs, self._form = Handle(weight, norm), weight.shape[0], form
+        self._dtype = torch.float32 if form == _FLOAT else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = torch.empty(x.shape[0], self._outputs, dtype=self._dtype or x.dtype)
+        self._handle.run(x, out, self._form)
+        return out
+
+
+class _Across:
+    """A row linear in integers."""
+
+    __slots__ = ("_across", "_handle", "_outputs", "_weight")
+
+    def __init__(self, weight: W8A8 | W8A8Dynamic, norm: Norm | None, across: Communicator) -> None:
+        row_part(weight)
+        assert norm is None, "a row linear with a norm"
+        self._weight, self._across, self._handle = weight, across, Handle(weight)
+        self._outputs = weight.shape[0]
+
+    def __call__(self, x: Tensor) -> Unscaled:
+        weight, maxima = self._weight, None
+        if isinstance(weight, W8A8Dynamic):
+            maxima = token_maxima(x, self._across)
+            scale = token_scales(maxima)[:, None] * weight.weight_scale
+        else:
+            scale = weight.deq_scale
+        total = torch.empty(x.shape[0], self._outputs, dtype=torch.int32)
+        self._handle.run(x, total, _INTEGER, maxima)
+        return Unscaled(total, scale, x.dtype)
+
+
+class Handle:
+    """A weight in the words of the extension module, with what keeps its memory alive."""
+
+    __slots__ = ("_columns", "_held", "_run")
+
+    def __init__(self, weight: Quantized, norm: Norm | None = None) -> None:
+        w = weight.weight
+        rows, columns = weight.shape
+        assert w.stride(1) == 1 or min(w.shape) < 2, "a weight is row-major"
+        if norm is not None and norm.anti is not None:
+            norm = norm.anti
+        quant_bias, bias, offset, kind, groups = None, None, None, 1, (0, 0, 0)
+        input_scale, input_offset = 1.0, 0.0
+        if isinstance(weight, W8A8):
+            kind, scale, quant_bias = 0, weight.deq_scale, weight.quant_bias
+            input_scale, input_offset = weight.input_scale, weight.input_offset
+        elif isinstance(weight, W8A8Dynamic):
+            scale, bias = weight.weight_scale, weight.bias
+        else:
+            kind, scale, bias = 2, weight.scale, weight.bias
+            offset = weight.offset if weight.offset.any() else None
+            groups = (scale.stride(0), weight.group, weight.phase if weight.group else 0)
+            assert offset is None or offset.stride() == scale.stride(), "scale and offset lie alike"
+        self._columns, self._held = columns, (weight, norm)
+        self._run = native.Int8Linear(
+            *(kind, rows, columns, w.data_ptr(), w.stride(0), input_scale, input_offset),
+            *(_address(quant_bias), scale.data_ptr(), _address(offset), *groups, _address(bias)),
+            *((0, 0, 0.0) if norm is None else (norm.weight.data_ptr(), _address(norm.bias), norm.eps)),
+        ).run
+
+    def run(self, x: Tensor, out: Tensor, form: int, maxima: Tensor | None = None) -> None:
+        """x [T, D], whose rows may lie apart, to out [T, N]."""
+        assert x.shape[1] == self._columns, (x.shape, self._columns)
+        self._run(DTYPES[x.dtype], x.data_ptr(), x.shape[0], x.stride(0), _address(maxima), out.data_ptr(), out.stride(0), form)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
