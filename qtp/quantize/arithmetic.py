@@ -54,11 +54,12 @@ def groups(w_NK: Tensor, size: int, symmetric: bool) -> tuple[Tensor, Tensor, Te
     parts = torch.split(w_NK, size or w_NK.shape[1], dim=1)
     if symmetric:
         scales = torch.cat([rows_symmetric(part) for part in parts], 1)
-        offsets = torch.zeros_like(scales)
-    else:
-        scales, offsets = channels(torch.stack([p.amin(1) for p in parts], 1), torch.stack([p.amax(1) for p in parts], 1))
+        rounded = [(part / scales[:, g, None]).round_().to(torch.int8) for g, part in enumerate(parts)]
+        return torch.cat(rounded, 1), scales, torch.zeros_like(scales)
+    scales, offsets = channels(torch.stack([p.amin(1) for p in parts], 1), torch.stack([p.amax(1) for p in parts], 1))
     rounded = [
-        (part / scales[:, g, None] + offsets[:, g, None]).round().clamp(-128, 127).to(torch.int8) for g, part in enumerate(parts)
+        (part / scales[:, g, None]).add_(offsets[:, g, None]).round_().clamp_(-128, 127).to(torch.int8)
+        for g, part in enumerate(parts)
     ]
     return torch.cat(rounded, 1), scales, offsets
 

@@ -4,7 +4,9 @@ T tokens of a sample, D hidden.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,11 +27,12 @@ from qtp.layers.rope import Rope
 from qtp.layout.split import Grid
 from qtp.models.qwen2 import Block, Place, block, mlp, norm
 from qtp.models.qwen2_moe import moe
-from qtp.quantize.observe import LANES, Histograms, Recorder, WatchedAttention, WatchedKernels
+from qtp.quantize.observe import LANES, Histograms, Recorder, See, WatchedAttention, WatchedKernels
 from qtp.quantize.raw import read
 from qtp.resolve import context_limit
 from qtp.weights.loader import Shard, load
 from qtp.weights.names import declare
+from qtp.weights.quantized import Unscaled
 from qtp.weights.store import Store
 
 _BLOCK = 128  # tokens of a KV block
@@ -38,7 +41,8 @@ _GRID = Grid(size=1, moe_ep=1, moe_tp=1)
 
 class Calibration:
     """This rank's samples: those whose lane is its own. `step` moves them through one block; their hidden states and the weights
-    of one block, in `dtype`, are what it holds.
+    of one block, in `dtype`, are what it holds. Lanes run side by side, each on one thread, instead of threads that wait for one
+    another in every operation.
 
     Every other sample begins at a later position, spread over the model's whole context: the model sees no difference, since it
     knows positions by their distances alone, and the ranges of turned keys become those of long texts too."""
@@ -64,6 +68,7 @@ class Calibration:
             self._mine[number] = batch, angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
             self._hidden[number] = self._embedded(ids)
         self._kernels: Kernels = TorchKernels()
+        self._workers = torch.get_num_threads() if comm.device.type == "cpu" else 1
         if comm.device.type == "cpu" and why_not() is None:
             self._kernels = NativeKernels(deterministic=True)
 
@@ -72,13 +77,11 @@ class Calibration:
         specs = [spec for spec in self._specs if spec.name.startswith(f"layers.{layer}.")]
         return load(self._store, specs, 0, _GRID, self._dtype, self._comm.device)
 
-    @torch.inference_mode()
     def step(self, layer: int, shard: Shard, recorder: Recorder, *, keep: bool) -> None:
         """Moves the samples through a block, for the recorder to see. keep: what they were before is kept for `again`."""
         self._before = {number: x.clone() for number, x in self._hidden.items()} if keep else {}
         self._hidden = self._through(layer, shard, recorder, (), self._hidden)
 
-    @torch.inference_mode()
     def again(self, layer: int, shard: Shard, watch: Recorder | Histograms, probe: Collection[str] = ()) -> None:
         """Runs the block of the last `step` once more. probe: as `WatchedKernels`."""
         self._through(layer, shard, watch, probe, {number: x.clone() for number, x in self._before.items()})
@@ -86,33 +89,43 @@ class Calibration:
     def _through(
         self, layer: int, shard: Shard, watch: Recorder | Histograms, probe: Collection[str], hidden: dict[int, Tensor]
     ) -> dict[int, Tensor]:
-        run, attention = self._block(layer, shard, watch, probe)
-        for number, (batch, cos, sin) in self._mine.items():
-            if isinstance(watch, Recorder):
-                watch.lane = number % LANES
-            hidden[number] = run(hidden[number], attention.plan(batch, cos, sin))
+        lanes = sorted({number % LANES for number in self._mine})
+        workers = min(self._workers, max(len(lanes), 1))
+
+        @torch.inference_mode()
+        def work(worker: int) -> None:
+            mine = lanes[worker::workers]
+            for lane in mine:
+                run, attention = self._block(layer, shard, partial(watch.see, lane), probe)
+                for number, (batch, cos, sin) in self._mine.items():
+                    if number % LANES == lane:
+                        hidden[number] = run(hidden[number], attention.plan(batch, cos, sin))
+
+        if workers == 1:
+            work(0)
+        else:
+            with ThreadPoolExecutor(workers, "calibration", initializer=torch.set_num_threads, initargs=(1,)) as threads:
+                list(threads.map(work, range(workers)))
         return hidden
 
     def recorder(self, widths: Mapping[str, int]) -> Recorder:
         return Recorder(widths, self._count)
 
-    def _block(
-        self, layer: int, shard: Shard, watch: Recorder | Histograms, probe: Collection[str]
-    ) -> tuple[Block, AttentionBackend]:
+    def _block(self, layer: int, shard: Shard, see: See, probe: Collection[str]) -> tuple[Block, AttentionBackend]:
         config, device = self._config, self._comm.device
         blocks = -(-self._longest // _BLOCK)
         cache = KVCache(1, blocks, _BLOCK, config.num_kv_heads, config.head_dim, self._dtype, device)
         kv_of = tuple(h * config.num_kv_heads // config.num_heads for h in range(config.num_heads))
         native = isinstance(self._kernels, NativeKernels)
         backend: AttentionBackend = NativeAttention(cache, kv_of, device) if native else TorchAttention(cache, kv_of, device)
-        attention = WatchedAttention(backend, config.num_kv_heads, watch.see)
+        attention = WatchedAttention(backend, config.num_kv_heads, see)
         names = {id(tensor): name.removesuffix(".weight") for name, tensor in shard.items()}
         place = Place(
             rank=0,
             grid=_GRID,
             comm=Solo(device),
-            reduce=lambda x: x,
-            kernels=WatchedKernels(self._kernels, names, watch.see, probe),
+            reduce=_alone,
+            kernels=WatchedKernels(self._kernels, names, see, probe),
             attention=attention,
             cuts={},
         )
@@ -128,6 +141,11 @@ class Calibration:
         rows = [read(self._store, name, range(i, i + 1)) for i in ids]
         assert entry.shape[1] == self._config.hidden_size
         return torch.cat(rows).to(self._comm.device, self._dtype)
+
+
+def _alone(partial: Tensor | Unscaled) -> Tensor:
+    assert isinstance(partial, Tensor), "weights are in float"
+    return partial
 
 
 def _batch(ids: Sequence[int], start: int, device: torch.device) -> Batch:

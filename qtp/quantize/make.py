@@ -69,8 +69,9 @@ class Source:
 
 @dataclass(slots=True)
 class Outcome:
-    """What was made. forms: the type of each linear layer; errors: of each quantized one; kv_errors: of keys and values by
-    layer; strained: max |x| / std(x) of inputs by layer, if that was asked for; unreached: experts that no token of calibration was routed to."""
+    """What was made. forms: the type of each linear layer; errors: of each quantized one; kv_errors: of keys and values by block;
+    strained: max |x| / std(x) of inputs by layer, if that was asked for; unreached: experts that no token of the calibration was
+    routed to."""
 
     forms: dict[str, str]
     errors: dict[str, Made] = field(default_factory=dict)
@@ -173,14 +174,17 @@ class _Run:
             inputs: Mapping[str, Activation] = {}
             if calibration is not None and layer is not None:
                 seen, smoothing, inputs = self._calibrated(layer, own, calibration)
+            jobs = []
             for linear in self._mine([(linear, linear.shape[0] * linear.shape[1]) for linear in own]):
                 change, before = smoothing.changes.get(linear.name, Change()), seen.get(linear.own)
-                made = self.maker.make(linear, change, before and change.input(before), inputs.get(linear.own))
+                jobs.append((linear, change, before and change.input(before), inputs.get(linear.own)))
+            for (linear, *_), made in zip(jobs, self.maker.all(jobs), strict=True):
                 self._errors[self.quantized.index(linear)] = torch.tensor(made.sums, dtype=torch.float64)
 
     def close(self) -> None:
         """All ranks' errors come together. Asserts that every byte was written."""
         self.files.close()
+        self.maker.close()
         errors, kv = (self.comm.all_reduce(x.to(self.comm.device)).cpu() for x in (self._errors, self._kv_errors))
         written = int(self.comm.all_reduce(torch.tensor([self.files.written], device=self.comm.device)))
         assert written == self.files.total, (written, self.files.total)

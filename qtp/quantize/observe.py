@@ -6,6 +6,7 @@ T tokens, D columns of an input, R captured rows, Q, K query and KV heads, d hea
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from math import sqrt
+from threading import Lock
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from qtp.attention.backend import AttentionBackend
 from qtp.attention.torch_backend import rotate
 from qtp.batch import Batch
 from qtp.kernels.interface import Choose, Cuts, Expert, Experts, Head, Kernels, Norm, Op
-from qtp.kernels.quantized import Weight
 from qtp.kernels.torch_kernels import grouped
 from qtp.quantize.arithmetic import BINS, histogram
+from qtp.weights.quantized import Weight
 
 LANES = 8  # sums are made by lanes of samples, which ranks share out, and added lane by lane: the same bits at any world size
 ROWS = 128  # captured of each input, from all samples
@@ -76,8 +77,7 @@ class _Lane:
     def see(self, x_TD: Tensor, captured: int) -> None:
         x = x_TD.float().cpu()
         self.tokens += len(x)
-        low, high = torch.aminmax(x, dim=0)
-        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        self.low, self.high = torch.minimum(self.low, x.amin(0)), torch.maximum(self.high, x.amax(0))
         self.magnitude += x.abs().sum(0)
         self.square += x.square().sum(0)
         self.total += float(x.sum(0).sum(dtype=torch.float64))
@@ -93,14 +93,15 @@ class Recorder:
         self._captured = -(-ROWS // samples)
         self._most = self._captured * -(-samples // LANES)
         self._lanes: dict[tuple[str, int], _Lane] = {}
-        self.lane = 0
 
-    def see(self, name: str, x: Tensor) -> None:
-        """x [..., D] of the current lane."""
+    def see(self, lane: int, name: str, x: Tensor) -> None:
+        """x [..., D]. Lanes may have threads of their own."""
         width = self.widths.get(name)
         if width is None or not x.numel():
             return
-        self._lanes.setdefault((name, self.lane), _Lane(width)).see(x.reshape(-1, width), self._captured)
+        if (name, lane) not in self._lanes:
+            self._lanes[name, lane] = _Lane(width)
+        self._lanes[name, lane].see(x.reshape(-1, width), self._captured)
 
     def seen(self, comm: Communicator) -> dict[str, Seen]:
         """What all ranks saw, for what any of them saw; all must call it. Rank r has the lanes r, r + size, ..."""
@@ -148,12 +149,16 @@ class Histograms:
     def __init__(self, wanted: Mapping[str, tuple[Tensor | None, float, float]]) -> None:
         self._wanted = wanted
         self._counts = {name: torch.zeros(BINS, dtype=torch.int64) for name in wanted}
+        self._lock = Lock()
 
-    def see(self, name: str, x: Tensor) -> None:
+    def see(self, lane: int, name: str, x: Tensor) -> None:
+        """From any thread; counts have no order, and so no lanes."""
         if name in self._wanted:
             by, low, high = self._wanted[name]
             x = x.float().cpu()
-            self._counts[name] += histogram(x if by is None else x / by, low, high)
+            counts = histogram(x if by is None else x / by, low, high)
+            with self._lock:
+                self._counts[name] += counts
 
     def counts(self, comm: Communicator) -> dict[str, Tensor]:
         """Over all ranks; all must call it."""
@@ -235,7 +240,7 @@ class WatchedAttention:
         assert isinstance(plan, tuple)
         inner, cos, sin = plan
         heads = qkv_THd.shape[1] - 2 * self._kv_heads
-        query, key, value = torch.split(qkv_THd.float(), (heads, self._kv_heads, self._kv_heads), dim=1)
+        query, key, value = torch.split(qkv_THd.float(), [heads, self._kv_heads, self._kv_heads], dim=1)
         own = f"layers.{layer}.attention"
         self._see(f"{own}.query", rotate(query, cos, sin).flatten(1))
         self._see(f"{own}.key", rotate(key, cos, sin).flatten(1))

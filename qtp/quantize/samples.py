@@ -58,6 +58,6 @@ def _text(path: Path, number: int, line: str, tokenizer: Tokenizer) -> str:
         entry = next((entry[key] for key in _KEYS if isinstance(entry.get(key), str)), None)
     if not isinstance(entry, str):
         raise ValueError(
-            f"--calib_file {path} line {number}: holds no text; give a text, messages, or an object with one of {', '.join(_KEYS)}"
+            f"--calib_file {path} line {number}: holds no text; give a text, messages, or an object with {', '.join(_KEYS)}"
         )
     return entry

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -48,12 +49,13 @@ class Planned:
 class WeightFiles:
     """The files of `planned`, of at most max_bytes of data each (but that a tensor is never cut), in `folder`.
 
-    One rank calls `create`; then any may `put`, and all bytes of each tensor must be put once."""
+    One rank calls `create`; then any may `put`, from any thread, and all bytes of each tensor must be put once."""
 
     def __init__(self, folder: Path, stem: str, planned: Sequence[Planned], max_bytes: int) -> None:
         self._folder, self._stem, self.written = folder, stem, 0
         self._parts = parts = _parts(planned, max_bytes)
         self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
         self._at: dict[str, tuple[Path, int, Planned]] = {}
         self._headers: dict[Path, bytes] = {}
         for number, part in enumerate(parts, start=1):
@@ -90,22 +92,29 @@ class WeightFiles:
         """Bytes of a tensor from `offset` on."""
         path, at, planned = self._at[name]
         assert offset + raw.nbytes <= planned.size, name
-        if path not in self._descriptors:
-            try:
-                self._descriptors[path] = os.open(path, os.O_WRONLY)
-            except OSError as error:
-                raise ValueError(
-                    f"{path}: cannot be written ({error.strerror}); all ranks must see the folder that rank 0 made"
-                ) from None
-        at, self.written = at + offset, self.written + raw.nbytes
+        with self._lock:
+            self.written += raw.nbytes
+            descriptor = self._descriptors.get(path)
+            if descriptor is None:
+                descriptor = self._descriptors[path] = _opened(path)
+        at += offset
         while raw.nbytes:
-            done = os.pwrite(self._descriptors[path], raw, at)
+            done = os.pwrite(descriptor, raw, at)
             raw, at = raw[done:], at + done
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+
+
+def _opened(path: Path) -> int:
+    try:
+        return os.open(path, os.O_WRONLY)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be written ({error.strerror}); all ranks must see the folder that rank 0 made"
+        ) from None
 
 
 def _parts(planned: Sequence[Planned], max_bytes: int) -> list[list[Planned]]:
