@@ -29,8 +29,8 @@ from qtp.kernels.extension import why_not as why_no_kernels
 from qtp.kv.blocks import BlockPool
 from qtp.resolve import describe, resolve, shares
 from qtp.tokenizer import Tokenizer
+from qtp.weights.checkpoint import open_checkpoint
 from qtp.weights.names import declare
-from qtp.weights.store import Store
 from qtp.weights.verify import verify
 from qtp.worker.launching import launch
 
@@ -289,6 +289,5 @@ def prepare(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
         log.warning("ranks talk over gloo, which is slower than shared memory: %s", reason)
     if any_kernels and config.device == "cpu" and (reason := why_no_kernels()) and rendezvous.rank == 0:
         log.warning("the arithmetic is torch's own, which is slower than compiled kernels: %s", reason)
-    store = Store(folder, model.weight_files)
-    verify(store, declare(model), config.grid())
+    verify(open_checkpoint(folder, model.weight_files, config.grid()), declare(model), config.grid())
     return config, model

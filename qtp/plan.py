@@ -14,8 +14,8 @@ from qtp.config import EngineConfig, ModelConfig
 from qtp.hub import folder_of
 from qtp.layout.split import Grid
 from qtp.resolve import ITEM_SIZE, RankShare, context_limit, machine_bytes, resolve, shares
+from qtp.weights.checkpoint import open_checkpoint
 from qtp.weights.names import declare
-from qtp.weights.store import Store
 from qtp.weights.verify import verify
 from qtp.wire.codec import encode
 from qtp.wire.messages import Chunk, StepPlan
@@ -123,7 +123,7 @@ def command(argv: list[str] | None) -> int:
     asked = EngineConfig(model=str(folder), tp=args.tp, moe_ep=args.moe_ep, moe_tp=args.moe_tp, dtype=args.dtype, device="cpu")
     config = resolve(replace(asked, max_model_len=args.max_len, num_kv_blocks=1), model, 1, cuda=False)
     grid = config.grid()
-    verify(Store(folder, model.weight_files), declare(model), grid)
+    verify(open_checkpoint(folder, model.weight_files, grid), declare(model), grid)
     if args.memory is not None and not 0 < args.memory < inf:
         raise ValueError(f"--memory {args.memory} must be a number of GiB above 0")
     if args.batch < 1:

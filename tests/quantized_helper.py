@@ -16,6 +16,8 @@ from models_helper import make_checkpoint, random_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qtp.sparse_compressor import command as compress
+
 GATE = ("gate.weight", "shared_expert_gate.weight")
 
 
@@ -217,6 +219,15 @@ def _input(seen: Plain, layer: str, margin: float) -> tuple[Tensor, Tensor]:
     raise AssertionError(layer)
 
 
+def _w8a8s(*given: Any) -> dict[str, Tensor]:
+    """As W8A8, but all but a few values of each tensor are in -8 ... 7."""
+    w, *rest = given
+    bound = w.abs().amax(1, keepdim=True) * 7.4 / 127
+    kept = torch.rand(w.shape, generator=given[3]) < 0.02
+    kept[:, 0] = True  # so that the scale stays
+    return _w8a8(torch.where(kept, w, torch.minimum(torch.maximum(w, -bound), bound)), *rest)
+
+
 def _w8a8(
     w: Tensor, bias: Tensor, seen: tuple[Tensor, Tensor], random: torch.Generator, group_size: int, dtype: str
 ) -> dict[str, Tensor]:
@@ -264,7 +275,7 @@ def _dynamic(
     }
 
 
-_QUANTIZE = {"W8A8": _w8a8, "W8A8S": _w8a8, "W8A16": _w8a16, "W8A8_DYNAMIC": _dynamic}
+_QUANTIZE = {"W8A8": _w8a8, "W8A8S": _w8a8s, "W8A16": _w8a16, "W8A8_DYNAMIC": _dynamic}
 
 
 def _add_anti_norms(config: dict[str, Any], tensors: dict[str, Tensor], types: dict[str, str], random: torch.Generator) -> None:
@@ -413,6 +424,13 @@ def make(family: str, name: str, folder: Path) -> tuple[Path, list[int], Tensor]
         if plain.margin > MARGIN:
             return folder / "made", ids, logits
     raise AssertionError("no ids without a near tie")
+
+
+def compressed(folder: Path, out: Path, tp: int) -> Path:
+    """A W8A8S checkpoint as W8A8SC for `tp` ranks."""
+    if not out.exists():
+        assert compress(["--model_path", str(folder), "--save_directory", str(out), "--tp", str(tp)]) == 0
+    return out
 
 
 def error(logprobs: Tensor, logits: Tensor) -> float:

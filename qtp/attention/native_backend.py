@@ -1,5 +1,8 @@
 """Paged attention of the extension module qtp.kernels._native, for CPUs. T tokens, H query heads, K KV heads, d head_dim.
 
+Over an int8 cache a float32 run computes in float32. In the other dtypes a query, times the scales of the keys, is rounded to
+16 bits of its largest element, and probabilities to 1 / 32767 of the largest among 256 tokens; products are exact.
+
 A query row's result does not depend on the rest of the step: not on the chunk that its token came in, the other sequences, the
 heads that this rank has, the number of threads, or where blocks lie.
 """
@@ -14,7 +17,7 @@ from torch import Tensor
 
 from qtp.batch import Batch
 from qtp.kernels.extension import native, why_not
-from qtp.kv.cache import KVCache
+from qtp.kv.cache import KVCache, KVScales
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_WINDOW = 2**62
@@ -44,11 +47,20 @@ class NativeAttention:
         self.cache = cache
         self.heads, self.head_dim, self.all_heads = len(kv_of), head_dim, len(kv_of) + 2 * kv_heads
         starts = (*(kv_of.index(k) for k in range(kv_heads)), len(kv_of))
-        self._spec = array("q", (_DTYPES[cache.keys.dtype], len(kv_of), kv_heads, head_dim, block_size, *starts))
+        self._spec = array("q", (_DTYPES[cache.dtype], len(kv_of), kv_heads, head_dim, block_size, *starts))
         self._address = self._spec.buffer_info()[0]
         self._keys = [layer.data_ptr() for layer in cache.keys]
         self._values = [layer.data_ptr() for layer in cache.values]
+        self._scales = [0] * len(cache.keys) if cache.scales is None else self._addresses(cache.scales)
         self._attend: Any = native.attend
+
+    def _addresses(self, scales: KVScales) -> list[int]:
+        """Of each layer, the address of its scales' addresses."""
+        kv = (scales.key_scale, scales.key_offset, scales.value_scale, scales.value_offset)
+        query = () if scales.query_scale is None or scales.query_offset is None else (scales.query_scale, scales.query_offset)
+        self._kept = [[x.contiguous() for x in layer] for layer in zip(*kv, *query, strict=True)]
+        self._lists = [array("q", [*(x.data_ptr() for x in layer), 0, 0][:6]) for layer in self._kept]
+        return [own.buffer_info()[0] for own in self._lists]
 
     def plan(self, batch: Batch, cos: Tensor, sin: Tensor) -> _Plan:
         cos, sin = cos.contiguous(), sin.contiguous()
@@ -73,5 +85,6 @@ class NativeAttention:
             qkv_THd.stride(0),
             _NO_WINDOW if window is None else window,
             out_THd.data_ptr(),
+            self._scales[layer],
         )
         return out_THd

@@ -17,7 +17,7 @@ from collectives.tree import tree_sum
 from qtp.kernels import native_quantized
 from qtp.kernels.extension import native, why_not
 from qtp.kernels.interface import Choose, Cuts, Expert, Experts, Head, Norm, Op
-from qtp.kernels.native_quantized import DTYPES
+from qtp.kernels.native_quantized import DTYPES, normed
 from qtp.weights.quantized import Weight
 
 # Tokens from which on torch's matrix product is faster, in float32, bfloat16, float16; measured on 896 x 9728, 4864 x 896, 1536 x
@@ -76,7 +76,7 @@ class NativeKernels:
         return _Linear(weight, gated=True, norm=norm, many=self._many[DTYPES[weight.dtype]])
 
     def rms_norm(self, norm: Norm) -> Op:
-        return lambda x: _normed(x, norm)
+        return lambda x: normed(x, norm)
 
     def choose(self, top_k: int, norm_topk_prob: bool) -> Choose:
         def run(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +149,7 @@ class _Linear:
 
     def _product(self, x: Tensor, out: Tensor) -> None:
         if self._norm is not None:
-            x = _normed(x, self._norm)
+            x = normed(x, self._norm)
         if self._gated:
             both = F.linear(x, self._weight)
             native.silu_and_mul(DTYPES[x.dtype], both.data_ptr(), len(x), self._outputs, out.data_ptr())
@@ -191,13 +191,6 @@ class _Experts:
 
 def _after(before: Op, op: Op) -> Op:
     return lambda x: op(before(x))
-
-
-def _normed(x: Tensor, norm: Norm) -> Tensor:
-    out = torch.empty_like(x)
-    bias = 0 if norm.bias is None else norm.bias.data_ptr()
-    native.rms_norm(DTYPES[x.dtype], x.data_ptr(), x.shape[0], x.shape[1], norm.weight.data_ptr(), bias, norm.eps, out.data_ptr())
-    return out
 
 
 def _handle(

@@ -14,9 +14,10 @@ from collectives.communicator import Communicator
 from collectives.tree import tree_sum
 from qtp.kernels.extension import native
 from qtp.kernels.interface import Cuts, Expert, Experts, Kernels, Norm, Op
+from qtp.kernels.sparse import native_products
 from qtp.kernels.torch_kernels import grouped, top
-from qtp.kernels.torch_quantized import columns_of, first_leaf, token_maxima, token_scales
-from qtp.weights.quantized import W8A8, W8A16, Float, Packed, Quantized, Unscaled, W8A8Dynamic, Weight, row_part
+from qtp.kernels.torch_quantized import columns_of, expanded, first_leaf, quantize, token_maxima, token_scales
+from qtp.weights.quantized import W8A8, W8A8SC, W8A16, Float, Packed, Quantized, Unscaled, W8A8Dynamic, Weight, row_part
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _RUN_DTYPE, _FLOAT, _INTEGER = range(3)  # what comes out of a handle
@@ -50,7 +51,7 @@ def linear_leaves(kernels: Kernels, weight: Quantized | Packed, cuts: Cuts, acro
         ops = [kernels.linear_leaves(row_part(part), cuts, across) for part in weight.parts]
         return lambda x: torch.cat([op(x) for op in ops], dim=2)
     row_part(weight)
-    handles = [Handle(leaf) for leaf in _leaves_of(weight, cuts)]
+    handles = [Handle(leaf) for leaf in _leaves_of(expanded(weight), cuts)]
     outputs = weight.shape[0]
 
     def run(x: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def _wide(kernels: Kernels, weight: "Weight | Float") -> Op:
     return _Linear(weight, form=_FLOAT)
 
 
-def _leaves_of(weight: Quantized, cuts: Cuts) -> list[Quantized]:
+def _leaves_of(weight: W8A8 | W8A8Dynamic | W8A16, cuts: Cuts) -> list[W8A8 | W8A8Dynamic | W8A16]:
     """The columns of each leaf; of W8A8 only the first one has quant_bias."""
     if isinstance(weight, W8A16):
         return [columns_of(weight, a, b) for a, b in pairwise(cuts)]
@@ -135,7 +136,7 @@ class _Linear:
     __slots__ = ("_dtype", "_form", "_handle", "_outputs")
 
     def __init__(self, weight: Quantized, norm: Norm | None = None, form: int = _RUN_DTYPE) -> None:
-        self._handle, self._outputs, self._form = Handle(weight, norm), weight.shape[0], form
+        self._handle, self._outputs, self._form = _handle(weight, norm), weight.shape[0], form
         self._dtype = torch.float32 if form == _FLOAT else None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -149,10 +150,10 @@ class _Across:
 
     __slots__ = ("_across", "_handle", "_outputs", "_weight")
 
-    def __init__(self, weight: W8A8 | W8A8Dynamic, norm: Norm | None, across: Communicator) -> None:
+    def __init__(self, weight: W8A8 | W8A8SC | W8A8Dynamic, norm: Norm | None, across: Communicator) -> None:
         row_part(weight)
         assert norm is None, "a row linear with a norm"
-        self._weight, self._across, self._handle = weight, across, Handle(weight)
+        self._weight, self._across, self._handle = weight, across, _handle(weight)
         self._outputs = weight.shape[0]
 
     def __call__(self, x: Tensor) -> Unscaled:
@@ -172,7 +173,7 @@ class Handle:
 
     __slots__ = ("_columns", "_held", "_run")
 
-    def __init__(self, weight: Quantized, norm: Norm | None = None) -> None:
+    def __init__(self, weight: W8A8 | W8A8Dynamic | W8A16, norm: Norm | None = None) -> None:
         w = weight.weight
         rows, columns = weight.shape
         assert w.stride(1) == 1 or min(w.shape) < 2, "a weight is row-major"
@@ -201,6 +202,34 @@ class Handle:
         """x [T, D], whose rows may lie apart, to out [T, N]."""
         assert x.shape[1] == self._columns, (x.shape, self._columns)
         self._run(DTYPES[x.dtype], x.data_ptr(), x.shape[0], x.stride(0), _address(maxima), out.data_ptr(), out.stride(0), form)
+
+
+def normed(x: Tensor, norm: Norm) -> Tensor:
+    out = torch.empty_like(x)
+    bias = 0 if norm.bias is None else norm.bias.data_ptr()
+    native.rms_norm(DTYPES[x.dtype], x.data_ptr(), x.shape[0], x.shape[1], norm.weight.data_ptr(), bias, norm.eps, out.data_ptr())
+    return out
+
+
+class SparseHandle:
+    """As Handle, of a compressed weight."""
+
+    __slots__ = ("_before", "_products", "_scale", "_weight")
+
+    def __init__(self, weight: W8A8SC, norm: Norm | None = None) -> None:
+        self._weight, self._products = weight, native_products(weight)
+        self._scale = torch.tensor(weight.input_scale, dtype=torch.float32)
+        self._before = None if norm is None else norm.anti or norm
+
+    def run(self, x: Tensor, out: Tensor, form: int, maxima: Tensor | None = None) -> None:
+        if self._before is not None:
+            x = normed(x, self._before)
+        total = self._products(quantize(x, self._scale, self._weight.input_offset)).add_(self._weight.quant_bias)
+        out.copy_(total if form == _INTEGER else total.float() * self._weight.deq_scale)
+
+
+def _handle(weight: Quantized, norm: Norm | None = None) -> Handle | SparseHandle:
+    return SparseHandle(weight, norm) if isinstance(weight, W8A8SC) else Handle(weight, norm)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -45,7 +45,7 @@ class TorchKernels:
             return lambda x: torch.cat([op(x) for op in ops], dim=1)
         if isinstance(weight, Float):
             return self.linear(weight.weight, weight.bias, norm=norm, cuts=cuts)
-        before = _identity if norm is None else self.rms_norm(norm.anti or norm)
+        weight, before = torch_quantized.expanded(weight), _identity if norm is None else self.rms_norm(norm.anti or norm)
         if across is not None and not isinstance(weight, W8A16):
             row_part(weight)
             return lambda x: torch_quantized.unscaled(weight, before(x), across)
@@ -60,6 +60,7 @@ class TorchKernels:
             return lambda x: torch.cat([op(x) for op in ops], dim=2)
         if not isinstance(weight, Tensor):
             row_part(weight)
+            weight = torch_quantized.expanded(weight)
             return lambda x: torch_quantized.leaves(weight, x, cuts, across)
         return lambda x: torch.stack([F.linear(x[:, a:b].float(), weight[:, a:b].float()) for a, b in pairwise(cuts)])
 
@@ -128,7 +129,7 @@ def _identity(x: Tensor) -> Tensor:
 
 class _Head:
     def __init__(self, weight: Weight) -> None:
-        self._weight = weight
+        self._weight = weight if isinstance(weight, Tensor | Packed) else torch_quantized.expanded(weight)
 
     def logits(self, x: Tensor) -> Tensor:
         if isinstance(self._weight, Tensor):

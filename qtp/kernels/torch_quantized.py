@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from collectives.communicator import Communicator
 from qtp.kernels.interface import Cuts
-from qtp.weights.quantized import W8A8, W8A16, Float, Packed, Quantized, Unscaled, W8A8Dynamic
+from qtp.weights.codec import decompress
+from qtp.weights.quantized import W8A8, W8A8SC, W8A16, Float, Packed, Quantized, Unscaled, W8A8Dynamic
 
 _EXACT = 1024  # columns of which every sum of products of int8 is below 2^24, and so exact in float32
 _ROWS = 8192  # that are brought to float32 at a time
@@ -47,22 +48,34 @@ def token_scales(maxima_T: Tensor) -> Tensor:
     return torch.where(maxima_T > 0, maxima_T / torch.full_like(maxima_T, 127), 1.0)
 
 
-def quantized_input(weight: W8A8 | W8A8Dynamic, x_TD: Tensor, across: Communicator | None = None) -> tuple[Tensor, Tensor]:
+def quantized_input(
+    weight: W8A8 | W8A8SC | W8A8Dynamic, x_TD: Tensor, across: Communicator | None = None
+) -> tuple[Tensor, Tensor]:
     """x as int8, and the scale of the sums: float32, [N] or [T, N]."""
-    if isinstance(weight, W8A8):
+    if isinstance(weight, W8A8 | W8A8SC):
         scale = torch.full((), weight.input_scale, dtype=torch.float32, device=x_TD.device)
         return quantize(x_TD, scale, weight.input_offset), weight.deq_scale
     scale_T1 = token_scales(token_maxima(x_TD, across))[:, None]
     return quantize(x_TD, scale_T1), scale_T1 * weight.weight_scale
 
 
-def unscaled(weight: W8A8 | W8A8Dynamic, x_TD: Tensor, across: Communicator | None = None) -> Unscaled:
-    """The sum over this rank's columns with its quant_bias; a float bias is left out."""
+def unscaled(weight: Quantized, x_TD: Tensor, across: Communicator | None = None) -> Unscaled:
+    """The sum over this rank's columns with its quant_bias; a float bias is left out. Not for W8A16, whose sum is in floats."""
+    weight = expanded(weight)
+    assert not isinstance(weight, W8A16), weight
     x_q, scale = quantized_input(weight, x_TD, across)
     total_TN = int_product(x_q, weight.weight)
     if isinstance(weight, W8A8):
         total_TN += weight.quant_bias
     return Unscaled(total_TN, scale, x_TD.dtype)
+
+
+def expanded(weight: Quantized) -> W8A8 | W8A8Dynamic | W8A16:
+    """The weight, not compressed."""
+    if not isinstance(weight, W8A8SC):
+        return weight
+    whole = decompress(weight.data.cpu(), weight.index.cpu(), weight.info.cpu()).to(weight.data.device)
+    return W8A8(whole, weight.input_scale, weight.input_offset, weight.quant_bias, weight.deq_scale)
 
 
 def dequantized(weight: W8A16) -> Tensor:
@@ -87,6 +100,8 @@ def wide(weight: Quantized | Float | Packed, x_TD: Tensor) -> Tensor:
     match weight:
         case Packed():
             return torch.cat([wide(part, x_TD) for part in weight.parts], dim=1)
+        case W8A8SC():
+            return wide(expanded(weight), x_TD)
         case Float():
             return F.linear(x_TD, weight.weight, weight.bias).float()
         case W8A16():
@@ -104,6 +119,7 @@ def _rows_of(weight: W8A16, rows: slice) -> W8A16:
 
 def leaves(weight: Quantized, x_TD: Tensor, cuts: Cuts, across: Communicator | None = None) -> Tensor:
     """The sum of each leaf: [leaves, T, N] float32."""
+    weight = expanded(weight)
     if isinstance(weight, W8A16):
         return torch.stack([wide(columns_of(weight, a, b), x_TD[:, a:b]) for a, b in pairwise(cuts)])
     x_q, scale = quantized_input(weight, x_TD, across)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from qtp.layout.split import Grid, Split, elements
 
-RUN, FLOAT32, INT8, INT32, SCALE_BITS = "run", "float32", "int8", "int32", "scale bits"
-_ITEM_SIZE = {FLOAT32: 4, INT8: 1, INT32: 4, SCALE_BITS: 4}
+RUN, FLOAT32, INT8, INT32, SCALE_BITS, COMPRESSED = "run", "float32", "int8", "int32", "scale bits", "compressed"
+_ITEM_SIZE = {FLOAT32: 4, INT8: 1, INT32: 4, SCALE_BITS: 4, COMPRESSED: 0.54}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Part:
 class Spec:
     """One tensor of the running model: the boxes of its parts, one after the other along dimension 0. dtype: what it is held in:
     RUN, the dtype of the run, or a fixed one; SCALE_BITS is float32 that the checkpoint may hold as int64 (its bits as an int32,
-    widened)."""
+    widened); COMPRESSED is int8 that every rank holds compressed (docs/w8a8sc.md), which usually takes 0.54 of its bytes."""
 
     name: str
     parts: tuple[Part, ...]
@@ -37,4 +37,4 @@ class Spec:
 
     def bytes(self, rank: int, grid: Grid, run: int) -> int:
         """What `rank` holds; run: bytes of a value in the run's dtype."""
-        return self.elements(rank, grid) * _ITEM_SIZE.get(self.dtype, run)
+        return int(self.elements(rank, grid) * _ITEM_SIZE.get(self.dtype, run))

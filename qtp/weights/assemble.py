@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from qtp.config import ModelConfig
 from qtp.layout.split import Grid
 from qtp.quantization import FLOAT
-from qtp.weights.formats import FORMATS
+from qtp.weights.formats import FORMATS, Linear
 from qtp.weights.names import quantized_layers
 from qtp.weights.quantized import Float, Packed, Quantized
 
@@ -24,8 +24,8 @@ def assemble(config: ModelConfig, tensors: "Mapping[str, Tensor]", rank: int, gr
         weights: list[Quantized | Float] = []
         for part in parts:
             for spec in FORMATS[part.kind].specs(part):
-                del shard[spec.name]
-            if any(tensors[f"{part.own}.weight"].shape):
+                shard.pop(spec.name, None)
+            if held(part, rank, grid):
                 weights += FORMATS[part.kind].assemble(part, tensors, rank, grid)
         if not weights:  # an expert of other ranks
             shard[name] = tensors[f"{parts[0].own}.weight"]
@@ -33,6 +33,11 @@ def assemble(config: ModelConfig, tensors: "Mapping[str, Tensor]", rank: int, gr
         first = weights[0]
         shard[name] = first if len(weights) == 1 and not isinstance(first, Float) else Packed(tuple(weights))
     return shard
+
+
+def held(part: Linear, rank: int, grid: Grid) -> bool:
+    """Whether `rank` has anything to do with it: all but the experts of other ranks."""
+    return any(part.parts[0].split.box(part.parts[0].shape, rank, grid))
 
 
 def check_quantization(config: ModelConfig, grid: Grid) -> None:

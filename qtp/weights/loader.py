@@ -1,4 +1,4 @@
-"""Fills the tensors of one rank from a Store: each byte is read once, straight to where it stays.
+"""Fills the tensors of one rank from a checkpoint: each byte is read once, straight to where it stays.
 
 Weights are not used from a mapped file: a file that shrinks under a mapping ends the process by a signal, and a core reads huge
 pages 8 to 10 % faster than a mapped file's (rows by AVX-512 loads over 0.9 GB; 1 and 2 threads, medians of interleaved rounds).
@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtp.layout.spec import FLOAT32, INT8, INT32, SCALE_BITS, Spec
+from qtp.layout.spec import COMPRESSED, FLOAT32, INT8, INT32, SCALE_BITS, Spec
 from qtp.layout.split import Box, Grid, elements
-from qtp.weights.store import ITEM_SIZE, Store
+from qtp.weights import codec
+from qtp.weights.checkpoint import Checkpoint
+from qtp.weights.store import ITEM_SIZE
 
 Shard = dict[str, Tensor]
 
@@ -27,6 +29,7 @@ _STORED = {
     "I32": torch.int32,
     "I8": torch.int8,
 }
+_STREAM = (torch.int8, torch.int8, torch.int64)
 _HELD = {FLOAT32: torch.float32, INT8: torch.int8, INT32: torch.int32, SCALE_BITS: torch.float32}
 
 _PIECE = 8 << 20  # bytes of a read, and of what is converted at once
@@ -45,7 +48,7 @@ class _Piece:
 
 
 def load(
-    store: Store,
+    store: Checkpoint,
     specs: Sequence[Spec],
     rank: int,
     grid: Grid,
@@ -61,8 +64,10 @@ def load(
     shard: Shard = {}
     try:
         for group in [specs] if device.type == "cpu" else [[spec] for spec in specs]:
-            tensors, pieces = _laid_out(store, group, rank, grid, dtype)
+            tensors, pieces = _laid_out(store, [spec for spec in group if spec.dtype != COMPRESSED], rank, grid, dtype)
             _fill(store, pieces, readers, progress)
+            for spec in (spec for spec in group if spec.dtype == COMPRESSED):
+                tensors |= _streams(store, spec, rank, grid, progress)
             shard.update((name, x.to(device)) for name, x in tensors.items())
     finally:
         readers.shutdown(cancel_futures=True)
@@ -70,7 +75,7 @@ def load(
     return shard
 
 
-def _laid_out(store: Store, specs: Sequence[Spec], rank: int, grid: Grid, dtype: torch.dtype) -> tuple[Shard, list[_Piece]]:
+def _laid_out(store: Checkpoint, specs: Sequence[Spec], rank: int, grid: Grid, dtype: torch.dtype) -> tuple[Shard, list[_Piece]]:
     """Tensors without their values yet, and the pieces that fill them."""
     starts = [0]
     for spec in specs:
@@ -90,6 +95,26 @@ def _laid_out(store: Store, specs: Sequence[Spec], rank: int, grid: Grid, dtype:
         flat = torch.frombuffer(memory, dtype=held, count=count, offset=start) if count else torch.empty(0, dtype=held)
         tensors[spec.name] = flat.view(spec.shape(rank, grid))
     return tensors, pieces
+
+
+def _streams(store: Checkpoint, spec: Spec, rank: int, grid: Grid, progress: Callable[[int], None]) -> Shard:
+    """The parts of a compressed weight, each by itself: data, index and info of part i are `spec.name`.i.data and so on."""
+    tensors = {spec.name: torch.empty(0, 0, dtype=torch.int8)}
+    for i, part in enumerate(spec.parts):
+        box = part.split.box(part.shape, rank, grid)
+        shape = len(box[0]), len(box[1])
+        if elements(box):
+            raw = store.stream(part.name, box)
+            data, index, info = (torch.frombuffer(x, dtype=d) for x, d in zip(raw, _STREAM, strict=True))
+            progress(sum(map(len, raw)))
+            try:
+                codec.check(data, index, info, shape)
+            except ValueError as error:
+                raise ValueError(f"{store.folder}: {part.name}: {error}; compress the checkpoint again") from None
+        else:
+            data, index, info = codec.compress(torch.empty(shape, dtype=torch.int8))
+        tensors |= {f"{spec.name}.{i}.{name}": x for name, x in (("data", data), ("index", index), ("info", info))}
+    return tensors
 
 
 def _memory(size: int) -> mmap.mmap:
@@ -116,7 +141,7 @@ def _cut(box: Box, most: int) -> Iterator[Box]:
         yield (range(first, min(first + step, rows.stop)), *rest)
 
 
-def _fill(store: Store, pieces: Sequence[_Piece], readers: ThreadPoolExecutor, progress: Callable[[int], None]) -> None:
+def _fill(store: Checkpoint, pieces: Sequence[_Piece], readers: ThreadPoolExecutor, progress: Callable[[int], None]) -> None:
     as_stored = [piece for piece in pieces if _STORED[store.entries[piece.name].dtype] == piece.dtype]
     for count in readers.map(lambda piece: _read(store, piece), as_stored):
         progress(count)
@@ -125,12 +150,12 @@ def _fill(store: Store, pieces: Sequence[_Piece], readers: ThreadPoolExecutor, p
             progress(_convert(store, piece))
 
 
-def _read(store: Store, piece: _Piece) -> int:
+def _read(store: Checkpoint, piece: _Piece) -> int:
     store.read_into(piece.name, piece.box, piece.into)
     return piece.into.nbytes
 
 
-def _convert(store: Store, piece: _Piece) -> int:
+def _convert(store: Checkpoint, piece: _Piece) -> int:
     stored = _STORED[store.entries[piece.name].dtype]
     raw = bytearray(elements(piece.box) * stored.itemsize)
     store.read_into(piece.name, piece.box, memoryview(raw))

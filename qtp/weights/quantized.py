@@ -30,6 +30,25 @@ class W8A8:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class W8A8SC:
+    """As W8A8, its weight compressed by `qtp.weights.codec` (docs/w8a8sc.md), which says whether a stream is whole.
+
+    data int8 [bytes]; index int8 [8 (blocks of 16 rows + 1)]; info int64 [5]."""
+
+    data: "Tensor"
+    index: "Tensor"
+    info: "Tensor"
+    input_scale: float
+    input_offset: float
+    quant_bias: "Tensor"
+    deq_scale: "Tensor"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.info[1]), int(self.info[2])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class W8A8Dynamic:
     """y = (x_q W^T) * s_x * weight_scale + bias, where s_x = max |x| / 127 of each token over ALL input columns (1 where x is 0),
     and x_q = round(x / s_x), half to even. weight int8 [N, D]; weight_scale float32 [N]; bias [N] in the run's dtype, or None."""
@@ -86,7 +105,7 @@ class Packed:
         return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
 
 
-Quantized = W8A8 | W8A8Dynamic | W8A16
+Quantized = W8A8 | W8A8SC | W8A8Dynamic | W8A16
 Weight: TypeAlias = "Tensor | Quantized | Packed"
 
 
@@ -107,5 +126,5 @@ class Unscaled:
 def row_part(weight: Quantized | Float) -> Weight:
     """A weight, or a part of one, as a row linear takes it: without a float bias, which at every world size would be rounded in
     other places."""
-    assert isinstance(weight, W8A8) or weight.bias is None, "a row linear with a float bias"
+    assert isinstance(weight, W8A8 | W8A8SC) or weight.bias is None, "a row linear with a float bias"
     return weight.weight if isinstance(weight, Float) else weight

@@ -49,21 +49,26 @@ _State = tuple[int, int, int, int]  # device, inode, size, time of the last chan
 
 class Store:
     """The tensors of a folder by name. Files are opened once and read with positioned reads, so threads may share a Store.
+    entries: where the tensors lie, if that is known already; then no header is read.
 
     stem: what the names of the weight files begin with. Raises ValueError naming the file or tensor, and the way out, if one is
     missing, truncated or malformed.
     """
 
-    def __init__(self, folder: Path, stem: str = "model") -> None:
+    def __init__(self, folder: Path, stem: str = "model", entries: dict[str, Entry] | None = None) -> None:
         self.folder = folder
         self.bytes_read = 0
         self._lock = threading.Lock()
         self._descriptors: dict[Path, int] = {}
         self._states: dict[Path, _State] = {}
         self.entries: dict[str, Entry] = {}
+        if entries is not None:
+            self.entries = entries
+            self._states = {file: _state(file) for file in self.files}
+            return
         files, weight_map = _files(folder, stem)
         for file in files:
-            entries, self._states[file] = _header(file)
+            entries, self._states[file] = read_header(file)
             self.entries.update(entries)
         for name, file_name in weight_map.items():
             if name not in self.entries or self.entries[name].file.name != file_name:
@@ -74,17 +79,13 @@ class Store:
     def __len__(self) -> int:
         return len(self.entries)
 
+    @property
+    def files(self) -> list[Path]:
+        return sorted({entry.file for entry in self.entries.values()})
+
     def check(self, name: str, shape: tuple[int, ...]) -> Entry:
         """The entry of a tensor that must have this whole shape."""
-        entry = self.entries.get(name)
-        if entry is None:
-            raise ValueError(f"{self.folder}: tensor {name} is missing; config.json and the weight files do not belong together")
-        if entry.shape != shape:
-            raise ValueError(
-                f"{entry.file}: tensor {name} has shape {list(entry.shape)}, but config.json asks for {list(shape)}; "
-                "config.json and the weight files do not belong together"
-            )
-        return entry
+        return checked(self.folder, self.entries, name, shape)
 
     def read_into(self, name: str, box: Box, buffer: memoryview) -> None:
         """Reads the elements of `box`, in row-major order, into `buffer` (bytes, exactly as long as the box)."""
@@ -94,10 +95,16 @@ class Store:
         if not buffer.nbytes:
             return
         descriptor = self._open(entry.file)
-        for start, count, at in _runs(entry.shape, box):
+        for start, count, at in runs(entry.shape, box):
             _read_fully(descriptor, buffer[at * item : (at + count) * item], entry.offset + start * item, entry.file)
         with self._lock:
             self.bytes_read += buffer.nbytes
+
+    def stream(self, name: str, box: Box) -> tuple[bytearray, bytearray, bytearray]:
+        raise ValueError(
+            f"{self.folder}: tensor {name} is not compressed for these ranks; compressed weights lie in parts, which "
+            "qtp.sparse_compressor makes"
+        )
 
     def check_unchanged(self) -> None:
         """Raises ValueError if a file that was read from is not as it was when its header was read."""
@@ -122,7 +129,7 @@ class Store:
         for name in sorted(self.entries):
             entry = self.entries[name]
             digest.update(f"{name} {entry.dtype} {entry.shape} {entry.offset} {entry.file.name}".encode())
-        for file in sorted({entry.file for entry in self.entries.values()}):
+        for file in self.files:
             first = min(entry.offset for entry in self.entries.values() if entry.file == file)
             digest.update(os.pread(self._open(file), _SAMPLE, first))
         return digest.hexdigest()
@@ -137,7 +144,20 @@ class Store:
             return self._descriptors[file]
 
 
-def _runs(shape: tuple[int, ...], box: Box) -> Iterable[tuple[int, int, int]]:
+def checked(folder: Path, entries: dict[str, Entry], name: str, shape: tuple[int, ...]) -> Entry:
+    """The entry of a tensor that must be there and have this whole shape; ValueError otherwise."""
+    entry = entries.get(name)
+    if entry is None:
+        raise ValueError(f"{folder}: tensor {name} is missing; config.json and the weight files do not belong together")
+    if entry.shape != shape:
+        raise ValueError(
+            f"{entry.file}: tensor {name} has shape {list(entry.shape)}, but config.json asks for {list(shape)}; "
+            "config.json and the weight files do not belong together"
+        )
+    return entry
+
+
+def runs(shape: tuple[int, ...], box: Box) -> Iterable[tuple[int, int, int]]:
     """The contiguous runs of a box: (first element in the tensor, how many, first element in the box)."""
     whole_from = len(shape)
     while whole_from > 0 and len(box[whole_from - 1]) == shape[whole_from - 1]:
@@ -186,12 +206,13 @@ def _files(folder: Path, stem: str) -> tuple[list[Path], dict[str, str]]:
     return files, {}
 
 
-def _state(descriptor: int) -> _State:
-    found = os.fstat(descriptor)
+def _state(file: int | Path) -> _State:
+    found = os.stat(file)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _header(file: Path) -> tuple[dict[str, Entry], _State]:
+def read_header(file: Path) -> tuple[dict[str, Entry], _State]:
+    """(what a safetensors file holds, how the file was then). ValueError as of a Store."""
     try:
         with file.open("rb") as stream:
             state = _state(stream.fileno())

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 
 from qtp.layout.coverage import check_covered
-from qtp.layout.spec import FLOAT32, INT8, INT32, RUN, SCALE_BITS, Spec
+from qtp.layout.spec import COMPRESSED, FLOAT32, INT8, INT32, RUN, SCALE_BITS, Spec
 from qtp.layout.split import Grid
-from qtp.weights.store import Store
+from qtp.weights.checkpoint import Checkpoint
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-_STORED = {RUN: FLOATS, FLOAT32: FLOATS, INT8: ("I8",), INT32: ("I32",), SCALE_BITS: ("I64", "F32")}
+_STORED = {RUN: FLOATS, FLOAT32: FLOATS, INT8: ("I8",), INT32: ("I32",), COMPRESSED: ("I8",), SCALE_BITS: ("I64", "F32")}
 
 
-def verify(store: Store, specs: Sequence[Spec], grid: Grid) -> None:
+def verify(store: Checkpoint, specs: Sequence[Spec], grid: Grid) -> None:
     """Checks that every tensor is there in its shape, in a dtype that it may have, and that the boxes of all ranks cover it.
     Raises ValueError naming the first tensor of which this is not so. Reads no data."""
     for spec in specs:
@@ -27,7 +27,7 @@ def verify(store: Store, specs: Sequence[Spec], grid: Grid) -> None:
             check_covered(part.shape, part.split, grid)
 
 
-def _check_keys(store: Store, name: str) -> None:
+def _check_keys(store: Checkpoint, name: str) -> None:
     if name.endswith("k_proj.kv_cache_scale") and name in store.entries and store.entries[name].shape in ((), (1,)):
         raise ValueError(
             f"{store.entries[name].file}: tensor {name} is one scale for all channels; keys of this family have channels a "

@@ -21,7 +21,7 @@ from collectives.rendezvous import Rendezvous
 from launch import affinity, mpi
 from launch.local import new_token
 from qtp.config import EngineConfig, ModelConfig
-from qtp.weights.store import Store
+from qtp.weights.checkpoint import open_checkpoint
 
 _ENDPOINT_BYTES = 64
 _PLACE_BYTES = 96
@@ -95,7 +95,7 @@ def fingerprint(config: EngineConfig, model: ModelConfig) -> str:
     """A digest of all that must be the same on every rank: the settings, the model's config and the weight files (their headers,
     sizes and a sample). Where the folder lies and what only concerns one host is left out."""
     settings = {**asdict(config), "model": "", "threads": 0, "ray_address": "", "launcher": ""}
-    with Store(Path(config.model), model.weight_files) as store:
+    with open_checkpoint(Path(config.model), model.weight_files) as store:
         content = f"{settings}{replace(model, moe=None)}{_moe_text(model)}{store.fingerprint()}"
     return hashlib.sha256(content.encode()).hexdigest()
 

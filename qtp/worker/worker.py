@@ -21,10 +21,10 @@ from qtp.layout.leaves import row_cuts
 from qtp.layout.split import even
 from qtp.models import FAMILIES, Place
 from qtp.weights.assemble import assemble
+from qtp.weights.checkpoint import open_checkpoint
 from qtp.weights.loader import load
 from qtp.weights.names import declare
 from qtp.weights.quantized import Unscaled
-from qtp.weights.store import Store
 from qtp.weights.verify import verify
 from qtp.wire.messages import Chunk, Ready, StepPlan, StepResult, TokenLogprobs
 from qtp.worker.sampling import PROMPT_TILE, Sampler, as_sample
@@ -47,7 +47,7 @@ class Worker:
         assert config.num_kv_blocks is not None
         grid, dtype, device = config.grid(), getattr(torch, config.dtype), comm.device
         specs = declare(model_config)
-        with Store(Path(config.model), model_config.weight_files) as store:
+        with open_checkpoint(Path(config.model), model_config.weight_files, grid, comm.rank) as store:
             verify(store, specs, grid)
             tensors = load(store, specs, comm.rank, grid, dtype, device, progress)
         shard = assemble(model_config, tensors, comm.rank, grid)

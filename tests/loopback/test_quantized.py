@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from models_helper import run_workers
-from quantized_helper import CASES, error, make
+from quantized_helper import CASES, compressed, error, make
 from torch import Tensor
 
 WORLDS = (1, 2, 3, 4, 8)
@@ -37,6 +37,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def test_the_documented_arithmetic(made: Made, family: str, name: str, tp: int, kernels: str) -> None:
     folder, ids, logits = made(family, name)
     assert error(run_workers(folder, tp, ids, kernels=kernels), logits) < 1e-4
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+@pytest.mark.parametrize("tp", WORLDS)
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe"])
+def test_so_does_what_is_compressed(made: Made, family: str, tp: int, kernels: str) -> None:
+    folder, ids, logits = made(family, "w8a8s")
+    small = compressed(folder, folder.with_name(f"w8a8sc-{tp}"), tp)
+    assert error(run_workers(small, tp, ids, kernels=kernels), logits) < 1e-4
+    with pytest.raises(ValueError, match=rf"was cut for tp {tp}.*, not for tp 5.*qtp.reshard"):
+        run_workers(small, 5, ids)
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w8a16-64", "dynamic"])

@@ -1,5 +1,7 @@
 """Proves over two real processes what tests/loopback/test_quantized.py proves over threads."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,22 @@ def test_the_documented_arithmetic(family: str, name: str, tmp_path: Path) -> No
         assert llm.config.communicator == "shm"
         logprobs, _ = run(llm, ids, ids[:4], 2)
     assert error(logprobs, logits) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe"])
+def test_what_two_ranks_compressed(family: str, tmp_path: Path) -> None:
+    folder, ids, logits = make(family, "w8a8s", tmp_path)
+    small, split = tmp_path / "w8a8sc", tmp_path / "w8a8s"
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "qtp.sparse_compressor", "--model_path", str(folder)]
+    command += ["--save_directory", str(small), "--save_split_w8a8s_dir", str(split), "--multiprocess_num", "2"]
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name(command[0])), *command[1:]], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for made in (small, split):
+        with open_llm(made, 2, communicator="auto", max_num_batched_tokens=64) as llm:
+            logprobs, _ = run(llm, ids, ids[:4], 2)
+        assert error(logprobs, logits) < 1e-4
 
 
 def test_w8a8_gives_the_bits_of_one_rank(tmp_path: Path) -> None:

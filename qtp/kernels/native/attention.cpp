@@ -37,7 +37,7 @@ void cut(const Call& call, size_t padded, Plan& plan) {
   plan.split.clear();
   plan.parts = 0;
   size_t work = 0, pieces = 0;
-  const size_t bytes = 2 * a.kv_heads * a.width * kItemBytes[int(a.dtype)];  // of a token's keys and values
+  const size_t item = call.scales != nullptr ? 1 : kItemBytes[int(a.dtype)], bytes = 2 * a.kv_heads * a.width * item;  // of a token
   for (size_t s = 0; s < step.sequences; ++s)
     work += (1 + size_t(step.query_lens[s]) * a.heads / (a.kv_heads * 2 * kTile)) * size_t(step.kv_lens[s]) * bytes;
   const size_t worth = work / kWorthAThread + 1, all = size_t(threads());
@@ -96,7 +96,8 @@ void cut(const Call& call, size_t padded, Plan& plan) {
 }  // namespace
 
 void run_attention(const Call& call) {
-  const AttentionTable& table = QTP_CHOOSE(kAttention)[int(call.attention.dtype)];
+  const DType dtype = call.attention.dtype;
+  const AttentionTable& table = call.scales != nullptr ? attention_over_int8(dtype) : QTP_CHOOSE(kAttention)[int(dtype)];
   const size_t padded = table.padded(call.attention), room = table.room(call.attention);
   thread_local Plan made;
   Plan& plan = made;

@@ -30,13 +30,20 @@ struct Step {
   const float *cos, *sin;
 };
 
+// How keys and values of one layer are int8, and with query_scale how queries are rounded: see KVScales in qtp/kv/cache.py. Of keys
+// and values kv_heads x width, of queries heads, or null.
+struct Scales {
+  const float *key_scale, *key_offset, *value_scale, *value_offset, *query_scale, *query_offset;
+};
+
 // qkv: a row of (heads + 2 kv_heads) x width elements a token, `stride` apart; queries are turned where they lie. out: tokens x
-// heads x width. window: how many positions a token sees, itself included.
+// heads x width. window: how many positions a token sees, itself included. scales: null unless keys and values are int8.
 struct Call {
   const Attention& attention;
   const Step& step;
   void *keys, *values, *qkv, *out;
   size_t stride, window;
+  const Scales* scales;
 };
 
 // Rows first ... first + rows - 1 of one sequence and KV head: its tokens in order, of each the query heads that read this KV
@@ -68,5 +75,7 @@ struct AttentionTable {
 };
 
 void run_attention(const Call& call);
+
+const AttentionTable& attention_over_int8(DType dtype);  // of the run
 
 }  // namespace qtp

@@ -2,6 +2,7 @@
 // are P V, with the powers P rounded to bfloat16. Keys i and i + 16 of each 32 are a pair.
 struct Tiles {
   using E = BF16;
+  using Cached = BF16;
   using Stored = uint16_t;
   static constexpr size_t kStep = 32;                           // elements that a tile instruction adds up
   static constexpr size_t kSteps = kPartition / kStep;
@@ -250,5 +251,7 @@ struct Tiles {
       run_rows<4>(first, rows, most, total, out);
   }
 
-  static QTP_INLINE void put(const float* out, float scale, size_t width, uint16_t* to) { put_split(out, scale, width, to); }
+  static QTP_INLINE void put(const Call& call, size_t, const float* out, float scale, uint16_t* to) {
+    put_split(out, scale, call.attention.width, to);
+  }
 };

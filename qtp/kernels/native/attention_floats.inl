@@ -1,10 +1,12 @@
 // Attention in float32, whatever the cache's dtype. Lanes are keys for the scores and elements of a head for the results. Keys
 // are turned over and both are made floats once a partition; a score is added up in order of elements, a result in order of keys.
-template <class E_>
+template <class E_, class Cached_ = E_>
 struct Floats {
   using E = E_;
-  using Stored = typename E::stored;
+  using Cached = Cached_;
+  using Stored = typename Cached::stored;
   using Word = float;
+  using Sum = F;
   static QTP_INLINE F add(F acc, float left, F right) { return fma(all(left), right, acc); }
 
   const Call& call;
@@ -30,7 +32,10 @@ struct Floats {
     Place place(unit, 0);
     for (size_t r = 0; r < unit.rows; ++r, place.next())
       for (size_t i = 0; i < width; i += kLanes)
-        write(queries + r * width + i, load_up_to<E>(query<E>(call, unit, place) + i, own - i));
+        if constexpr (kIsInt8<Cached>)
+          write(queries + r * width + i, scaled_query<E>(call, unit, place, i));
+        else
+          write(queries + r * width + i, load_up_to<E>(query<E>(call, unit, place) + i, own - i));
   }
 
   // x[i][j] becomes x[j][i].
@@ -82,14 +87,14 @@ struct Floats {
     for (size_t first = 0; first < count; first += kLanes)
       for (size_t i = 0; i < width; i += kLanes) {
         F x[kLanes];
-        for (size_t j = 0; j < kLanes; ++j) x[j] = first + j < count ? load_up_to<E>(k + offsets[first + j] + i, own - i) : F{};
+        for (size_t j = 0; j < kLanes; ++j) x[j] = first + j < count ? load_up_to<Cached>(k + offsets[first + j] + i, own - i) : F{};
         turn_over(x);
         for (size_t j = 0; j < kLanes; ++j) write(keys + first * width + (i + j) * kLanes, x[j]);
       }
     const size_t room = round_up(count, kLanes);
     for (size_t j = 0; j < room; ++j)
       for (size_t i = 0; i < width; i += kLanes)
-        write(values + j * width + i, j < count ? load_up_to<E>(v + offsets[j] + i, own - i) : F{});
+        write(values + j * width + i, j < count ? load_up_to<Cached>(v + offsets[j] + i, own - i) : F{});
   }
 
   void run(size_t first, float* most, float* total, float* out) const {
@@ -121,7 +126,9 @@ struct Floats {
     products<Floats>(scores, kPartition, {values, width, kLanes}, room, out, width, rows, width / kLanes);
   }
 
-  static QTP_INLINE void put(const float* out, float scale, size_t width, Stored* to) {
+  static QTP_INLINE void put(const Call& call, size_t kv_head, const float* out, float scale, typename E::stored* to) {
+    if constexpr (kIsInt8<Cached>) return put_codes<E>(call, kv_head, out, scale, to);
+    const size_t width = call.attention.width;
     for (size_t i = 0; i < width; i += kLanes) store_up_to<E>(to + i, read<F>(out + i) * scale, width - i);
   }
 };

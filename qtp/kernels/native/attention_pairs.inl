@@ -57,8 +57,10 @@ QTP_INLINE void put_split(const float* out, float scale, size_t width, uint16_t*
 
 struct Pairs {
   using E = BF16;
+  using Cached = BF16;
   using Stored = uint16_t;
   using Word = uint32_t;
+  using Sum = F;
   static QTP_INLINE F add(F acc, uint32_t left, F right) {
     return (F)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(int32_t(left)), (__m512bh)right);
   }
@@ -166,5 +168,7 @@ struct Pairs {
     products<Pairs>(powers, kPartition / 2, {values, width, kLanes}, room / 2, out, width, rows, width / kLanes);
   }
 
-  static QTP_INLINE void put(const float* out, float scale, size_t width, uint16_t* to) { put_split(out, scale, width, to); }
+  static QTP_INLINE void put(const Call& call, size_t, const float* out, float scale, uint16_t* to) {
+    put_split(out, scale, call.attention.width, to);
+  }
 };

@@ -41,6 +41,9 @@ bool add_linear_types(PyObject* module);
 // Adds Int8Linear, likewise.
 bool add_int8_type(PyObject* module);
 
+// Adds SparseLinear. False: an exception is set.
+bool add_sparse_type(PyObject* module);
+
 extern PyMethodDef attention_functions[];
 
 }  // namespace qtp

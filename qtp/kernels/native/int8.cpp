@@ -12,39 +12,48 @@ constexpr size_t kMostInt8Tokens = 256;  // that are laid out at once
 
 }  // namespace qtp
 
-// Instruction sets by width, and with VNNI or not: some processors have AVX512 and not VNNI.
+// Instruction sets by width, each without VNNI and with it: there are processors of all four kinds.
 #define QTP_ISA baseline
 #define QTP_AVX512 0
 #define QTP_AVX2 0
 #define QTP_VNNI 0
 #include "int8.inl"
+#undef QTP_ISA
+#undef QTP_AVX2
 
 #if defined(__x86_64__) && !defined(__clang__)
 #define QTP_WIDER 1
-#undef QTP_ISA
-#undef QTP_AVX2
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi2")
 #define QTP_ISA avx2
 #define QTP_AVX2 1
 #include "int8.inl"
-#pragma GCC pop_options
-
 #undef QTP_ISA
 #undef QTP_AVX512
+#pragma GCC pop_options
+
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2,prefer-vector-width=512")
 #define QTP_ISA avx512
 #define QTP_AVX512 1
 #include "int8.inl"
-#pragma GCC pop_options
-
 #undef QTP_ISA
 #undef QTP_VNNI
+#pragma GCC pop_options
+
 #pragma GCC push_options
 #pragma GCC target("avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2,prefer-vector-width=512")
 #define QTP_ISA avx512vnni
 #define QTP_VNNI 1
+#include "int8.inl"
+#undef QTP_ISA
+#undef QTP_AVX512
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avxvnni,avx2,fma,f16c,bmi2")
+#define QTP_ISA avxvnni
+#define QTP_AVX512 0
 #include "int8.inl"
 #pragma GCC pop_options
 #endif
@@ -55,10 +64,22 @@ namespace {
 constexpr size_t kWorthAThread = 48 * 1024;  // bytes of weights that a thread reads while another is being woken
 constexpr size_t kUnit = 32;
 
+#if defined(QTP_WIDER)
+bool wide_vnni() {
+  static const bool has = best_isa() >= Isa::kAvx512 && __builtin_cpu_supports("avx512vnni");
+  return has;
+}
+
+bool narrow_vnni() {
+  static const bool has = best_isa() >= Isa::kAvx2 && __builtin_cpu_supports("avxvnni");
+  return has;
+}
+#endif
+
 const Int8Table& table() {
 #if defined(QTP_WIDER)
-  if (isa() >= Isa::kAvx512) return has_vnni() ? avx512vnni::kInt8 : avx512::kInt8;
-  if (isa() == Isa::kAvx2) return avx2::kInt8;
+  if (isa() >= Isa::kAvx512) return wide_vnni() ? avx512vnni::kInt8 : avx512::kInt8;
+  if (isa() == Isa::kAvx2) return narrow_vnni() ? avxvnni::kInt8 : avx2::kInt8;
 #endif
   return baseline::kInt8;
 }
@@ -73,11 +94,7 @@ int threads_for(const Int8Linear& linear, size_t tokens) {
 
 bool has_vnni() {
 #if defined(QTP_WIDER)
-  static const bool vnni = [] {
-    __builtin_cpu_init();
-    return best_isa() >= Isa::kAvx512 && __builtin_cpu_supports("avx512vnni");
-  }();
-  return vnni;
+  return wide_vnni() || narrow_vnni();
 #else
   return false;
 #endif
@@ -101,12 +118,13 @@ void run_int8(const Int8Linear& linear, const void* x, size_t tokens, size_t x_s
   const size_t in_item = kItemBytes[int(linear.dtype)], out_item = form == Form::kDType ? in_item : 4;
   for (size_t first = 0; first < tokens; first += kMostInt8Tokens) {
     const size_t count = tokens - first < kMostInt8Tokens ? tokens - first : kMostInt8Tokens;
-    void* memory = scratch(kernels.bytes(linear, count));
-    parallel(threads_for(linear, count), [&](int thread, int all) {
+    const int most = threads_for(linear, count);
+    void* memory = scratch(kernels.bytes(linear, count, most));
+    parallel(most, [&](int thread, int all) {
       kernels.lay(linear, static_cast<const char*>(x) + first * x_stride * in_item, count, x_stride,
                   maxima == nullptr ? nullptr : maxima + first, memory, share(count, thread, all));
       if (all > 1) meet();
-      kernels.run(linear, count, memory, static_cast<char*>(out) + first * out_stride * out_item, out_stride, form,
+      kernels.run(linear, count, memory, thread, static_cast<char*>(out) + first * out_stride * out_item, out_stride, form,
                   share(linear.rows, thread, all, kUnit));
     });
   }

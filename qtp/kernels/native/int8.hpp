@@ -44,18 +44,19 @@ struct Int8Linear {
 void run_int8(const Int8Linear& linear, const void* x, size_t tokens, size_t x_stride, const float* maxima, void* out, size_t out_stride,
               Form form);
 
-// Whether this processor multiplies unsigned bytes with signed ones (AVX512-VNNI).
+// Whether this processor multiplies unsigned bytes with signed ones (AVX512-VNNI or AVX-VNNI).
 bool has_vnni();
 
 // to[r] = the sum of row r of W.
 void sum_rows(const Int8Linear& linear, int32_t* to);
 
-// What each instruction set has. memory: `bytes` for so many tokens, in which `lay` puts those of `range`; `run` then runs the
-// outputs of `range` for all of them.
+// What each instruction set has. memory: `bytes` for so many tokens and threads, in which `lay` puts the tokens of
+// `range`; `run` then runs the outputs of `range` for all of them.
 struct Int8Table {
-  size_t (*bytes)(const Int8Linear& linear, size_t tokens);
+  size_t (*bytes)(const Int8Linear& linear, size_t tokens, int threads);
   void (*lay)(const Int8Linear& linear, const void* x, size_t tokens, size_t x_stride, const float* maxima, void* memory, Range range);
-  void (*run)(const Int8Linear& linear, size_t tokens, void* memory, void* out, size_t out_stride, Form form, Range range);
+  void (*run)(const Int8Linear& linear, size_t tokens, void* memory, int thread, void* out, size_t out_stride, Form form,
+              Range range);
 };
 
 }  // namespace qtp

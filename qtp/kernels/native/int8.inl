@@ -8,51 +8,69 @@ namespace {
 #include "int8_ops.inl"
 
 constexpr size_t kBlock = 32;    // outputs that are finished together
+constexpr size_t kWorthUnpacking = 4;  // tiles of tokens
 constexpr size_t kPiece = 1024;  // columns that are added up by themselves: a tile of tokens stays in the first cache
 
-// A place among the columns of a row: pieces are cut into segments where groups meet.
+// Whether weights are brought to their values before they are multiplied; else `scale` belongs to sums.
+QTP_INLINE bool grouped(const Int8Linear& linear) {
+  return linear.input == Input::kFloat && (linear.group != 0 || linear.offset != nullptr);
+}
+
+// Whether no vector of columns lies in two groups.
+QTP_INLINE bool even_groups(const Int8Linear& linear) { return linear.group % kLanes == 0 && linear.phase % kLanes == 0; }
+
+// A place among the columns of a row, and the group it is in.
 struct Walk {
-  size_t at, segment, group, boundary;  // boundary: where the next group begins
+  size_t at, group, boundary;  // boundary: where the next group begins
 
   QTP_INLINE explicit Walk(const Int8Linear& linear)
-      : at(0), segment(0), group(0), boundary(linear.group != 0 ? linear.group - linear.phase : size_t(-1)) {}
+      : at(0), group(0), boundary(linear.group != 0 ? linear.group - linear.phase : size_t(-1)) {}
 
   QTP_INLINE size_t end(size_t limit) const { return boundary < limit ? boundary : limit; }
   QTP_INLINE void move(const Int8Linear& linear, size_t to) {
     at = to;
-    ++segment;
     if (to == boundary) ++group, boundary += linear.group;
   }
 };
 
 QTP_INLINE size_t piece_end(const Int8Linear& linear, size_t begin) { return begin + kPiece < linear.k ? begin + kPiece : linear.k; }
 
-QTP_INLINE size_t segments(const Int8Linear& linear) {
-  if (linear.offset == nullptr) return 0;
-  Walk walk(linear);
-  for (size_t begin = 0; begin < linear.k; begin += kPiece)
-    while (walk.at < piece_end(linear, begin)) walk.move(linear, walk.end(piece_end(linear, begin)));
-  return walk.segment;
-}
+// w * scale + shift are the values of a group of a row.
+struct Affine {
+  F scale, shift;
 
-// Tokens as Op multiplies with them, each `pitch` elements from the one before, with zeros or at least numbers behind its k. lanes:
-// for each token and segment the sums of x in the lanes in which a product of the segment is added up.
+  QTP_INLINE Affine() : scale(all(1.0f)), shift(all(0.0f)) {}
+  QTP_INLINE Affine(const Int8Linear& linear, size_t row, size_t group) {
+    const size_t at = row * linear.scale_stride + group;
+    scale = all(linear.scale[at]);
+    shift = linear.offset != nullptr ? scale * -linear.offset[at] : all(0.0f);
+  }
+};
+
+// Tokens as Op multiplies with them, each `pitch` elements from the one before, with zeros or at least numbers behind its k.
 template <class Op>
 struct Prepared {
   using X = typename Op::X;
   static constexpr size_t kApart = 64;  // bytes; keeps rows off the same sets of a cache
 
-  size_t tokens, pitch, segments;
+  size_t tokens, pitch;
   float* scales;
-  float* lanes;
   X* x;
 
   Prepared(const Int8Linear& linear, size_t tokens, void* memory)
       : tokens(tokens), pitch((linear.k + Op::step - 1) / Op::step * Op::step + Op::step + kApart / sizeof(X)),
-        segments(qtp::QTP_ISA::segments(linear)), scales(static_cast<float*>(memory)), lanes(scales + (tokens + 15) / 16 * 16),
-        x(reinterpret_cast<X*>(lanes + tokens * segments * kLanes)) {}
+        scales(static_cast<float*>(memory)), x(reinterpret_cast<X*>(scales + (tokens + 15) / 16 * 16)) {}
 
-  size_t bytes() const { return size_t(reinterpret_cast<char*>(x + tokens * pitch) - reinterpret_cast<char*>(scales)); }
+  size_t bytes() const { return (size_t(reinterpret_cast<char*>(x + tokens * pitch) - reinterpret_cast<char*>(scales)) + 63) / 64 * 64; }
+};
+
+constexpr size_t kPitch = kPiece + 16;  // floats; keeps rows off the same sets of a cache
+
+// What a thread needs for itself.
+template <class Op>
+struct Work {
+  typename Op::Sum got[kMostInt8Tokens * kBlock];
+  float values[Op::integer ? 1 : kBlock * kPitch];
 };
 
 template <class Op, class E>
@@ -77,20 +95,6 @@ void lay_token(const Int8Linear& linear, const typename E::stored* x, const floa
   size_t i = 0;
   for (; i < k; i += kLanes) Op::put(row + i, element(i), scale, linear.input_offset);
   for (; i < to.pitch; ++i) row[i] = 0;
-  if constexpr (!Op::integer) {
-    if (to.segments == 0) return;
-    Walk walk(linear);
-    for (size_t begin = 0; begin < k; begin += kPiece) {
-      const size_t end = piece_end(linear, begin);
-      while (walk.at < end) {
-        const size_t stop = walk.end(end);
-        F sums = {};
-        for (size_t at = walk.at; at < stop; at += kLanes) sums += load_up_to<F32>(row + at, stop - at);
-        write(to.lanes + (t * to.segments + walk.segment) * kLanes, sums);
-        walk.move(linear, stop);
-      }
-    }
-  }
 }
 
 // What memory is asked for while something else is computed: from `at` to `end`, front to back, some lines a step.
@@ -106,14 +110,15 @@ struct Ahead {
   }
 };
 
-// acc[t * R + r] += the products of columns begin ... end - 1 of R rows with those of T tokens.
-template <class Op, int R, int T, class Ahead>
-QTP_INLINE void multiply(const int8_t* const* rows, const typename Op::X* x, size_t pitch, size_t begin, size_t end, typename Op::A* acc,
-                         Ahead& ahead) {
-  const auto step = [&](size_t i, const auto& weight) __attribute__((always_inline)) {
+// acc[t * R + r] += the products of whole steps of columns begin ... of R rows with those of T tokens; returns where it ended.
+template <class Op, int R, int T, class Weight, class Ahead>
+QTP_INLINE size_t multiply(const Weight& weight, const typename Op::X* x, size_t pitch, size_t begin, size_t end, typename Op::A* acc,
+                           Ahead& ahead) {
+  size_t i = begin;
+  for (; i + Op::step <= end; i += Op::step) {
     typename Op::V w[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) w[r] = weight(rows[r] + i);
+    for (int r = 0; r < R; ++r) w[r] = weight(r, i);
     ahead.go();
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
@@ -121,13 +126,11 @@ QTP_INLINE void multiply(const int8_t* const* rows, const typename Op::X* x, siz
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[t * R + r] = Op::dot(acc[t * R + r], w[r], y);
     }
-  };
-  size_t i = begin;
-  for (; i + Op::step <= end; i += Op::step) step(i, [](const int8_t* w) __attribute__((always_inline)) { return Op::weight(w); });
-  if (i < end) step(i, [&](const int8_t* w) __attribute__((always_inline)) { return Op::weight(w, end - i); });
+  }
+  return i;
 }
 
-// All outputs of a few rows, before quant_bias, scale of integers, and bias.
+// All outputs of a few rows: of integers before quant_bias and scale, of floats before bias, and scale unless `grouped`.
 template <class Op>
 struct Rows {
   using X = typename Op::X;
@@ -136,18 +139,19 @@ struct Rows {
   const Int8Linear& linear;
   const Prepared<Op>& input;
   size_t first, count;  // count <= kBlock
-  Sum* into;            // [token][kBlock]
+  Work<Op>& work;
 
   QTP_INLINE size_t row(size_t r) const { return first + (r < count ? r : count - 1); }
 
   void all() const {
-    if (input.tokens == 1) return whole_rows<Op::kAlone, 1>();
-    if (input.tokens == 2) return whole_rows<Op::kFew, 2>();
-    tiles();
+    const bool values = grouped(linear);
+    if (input.tokens > 2 || (values && !even_groups(linear))) return tiles();
+    if (values) return input.tokens == 1 ? whole_rows<kAlone, 1, true>() : whole_rows<kFew, 2, true>();
+    input.tokens == 1 ? whole_rows<kAlone, 1, false>() : whole_rows<kFew, 2, false>();
   }
 
   // R rows at a time, whole.
-  template <int R, int T>
+  template <int R, int T, bool Values>
   QTP_INLINE void whole_rows() const {
     constexpr int kLines = R * Op::step >= 64 ? R * Op::step / 64 : 1;
     const size_t fits = linear.stride == linear.k ? R * linear.stride : 0;
@@ -156,13 +160,18 @@ struct Rows {
       const int8_t* next = linear.weight + (first + r) * linear.stride + after;
       Ahead<kLines> ahead{next, next + after};
       Walk walk(linear);
-      size_t begin = 0;
       do {
-        const size_t end = piece_end(linear, begin);
-        block<R, T>(walk, end, r, 0, ahead);
-        pass(walk, end);
-        begin = end;
-      } while (begin < linear.k);
+        const size_t end = piece_end(linear, walk.at);
+        typename Op::A acc[R * T] = {};
+        const bool begins = walk.at == 0;
+        if constexpr (Op::integer) {
+          exact<R, T>(walk.at, end, r, 0, acc, ahead);
+          walk.at = end;
+        } else {
+          walk = piece<R, T, Values>(walk, end, r, 0, acc, ahead);
+        }
+        add<R, T>(acc, r, 0, begins);
+      } while (walk.at < linear.k);
     }
   }
 
@@ -172,69 +181,128 @@ struct Rows {
     const int8_t* next = linear.weight + first * linear.stride + after;
     Ahead<1> ahead{next, next + after};
     const size_t tiles = (input.tokens + kTokens - 1) / kTokens;
+    const bool unpacked = !Op::integer && (tiles >= kWorthUnpacking || (grouped(linear) && !even_groups(linear)));
     Walk walk(linear);
-    size_t begin = 0;
     do {
-      const size_t end = piece_end(linear, begin);
+      const size_t end = piece_end(linear, walk.at);
+      if constexpr (!Op::integer)
+        if (unpacked) unpack(walk, end);
       for (size_t tile = 0, t = 0; tile < tiles; ++tile) {
         const size_t here = input.tokens / tiles + (tile < input.tokens % tiles);
-        for (size_t r = 0; r < count; r += kRows) block_of<kTokens>(here, walk, end, r, t, ahead);
+        for (size_t r = 0; r < count; r += kRows) tile_of<kTokens>(here, walk, unpacked, end, r, t, ahead);
         t += here;
       }
-      pass(walk, end);
-      begin = end;
-    } while (begin < linear.k);
+      while (walk.at < end) walk.move(linear, walk.end(end));
+    } while (walk.at < linear.k);
   }
 
-  QTP_INLINE void pass(Walk& walk, size_t end) const {
-    while (walk.at < end) walk.move(linear, walk.end(end));
-  }
-
-  template <int T, class Ahead>
-  QTP_INLINE void block_of(size_t here, const Walk& walk, size_t end, size_t r, size_t t, Ahead& ahead) const {
-    if constexpr (T > 0) {
-      if (here == T) return block<kRows, T>(walk, end, r, t, ahead);
-      block_of<T - 1>(here, walk, end, r, t, ahead);
+  // All rows' values in floats, each `kPitch` from the one before, with zeros behind to whole steps.
+  void unpack(const Walk& start, size_t end) const {
+    const bool values = grouped(linear);
+    for (size_t r = 0; r < (count + kRows - 1) / kRows * kRows; ++r) {
+      const int8_t* from = linear.weight + row(r) * linear.stride;
+      float* to = work.values + r * kPitch;
+      Walk walk = start;
+      while (walk.at < end) {
+        const size_t stop = walk.end(end);
+        const Affine affine = values ? Affine(linear, row(r), walk.group) : Affine();
+        for (size_t i = walk.at; i < stop; i += kLanes) {
+          const F w = stop - i < kLanes ? Op::weight(from + i, stop - i) : Op::weight(from + i);
+          store_up_to<F32>(to + i - start.at, values ? fma(w, affine.scale, affine.shift) : w, stop - i);
+        }
+        walk.move(linear, stop);
+      }
+      for (size_t i = end - start.at; i % kLanes != 0; ++i) to[i] = 0.0f;
     }
   }
 
-  // Adds the piece from walk.at to end of rows r ... r + R - 1 to those of tokens t ... t + T - 1; the first piece is set.
+  template <int T, class Ahead>
+  QTP_INLINE void tile_of(size_t here, const Walk& walk, bool unpacked, size_t end, size_t r, size_t t, Ahead& ahead) const {
+    if constexpr (T > 0) {
+      if (here < T) return tile_of<T - 1>(here, walk, unpacked, end, r, t, ahead);
+      typename Op::A acc[kRows * T] = {};
+      if constexpr (Op::integer) {
+        exact<kRows, T>(walk.at, end, r, t, acc, ahead);
+      } else if (unpacked) {
+        const float* values = work.values + r * kPitch;
+        const auto value = [&](int i, size_t at) __attribute__((always_inline)) { return read<F>(values + size_t(i) * kPitch + at); };
+        const size_t whole = (end - walk.at + kLanes - 1) / kLanes * kLanes;
+        multiply<Op, kRows, T>(value, input.x + t * input.pitch + walk.at, input.pitch, 0, whole, acc, ahead);
+      } else {
+        grouped(linear) ? piece<kRows, T, true>(walk, end, r, t, acc, ahead) : piece<kRows, T, false>(walk, end, r, t, acc, ahead);
+      }
+      add<kRows, T>(acc, r, t, walk.at == 0);
+    }
+  }
+
+  // What is left over comes first: behind the loop it would cost sums their registers in it.
   template <int R, int T, class Ahead>
-  QTP_INLINE void block(Walk walk, size_t end, size_t r, size_t t, Ahead& ahead) const {
-    const bool begins = walk.at == 0;
+  QTP_INLINE void exact(size_t begin, size_t end, size_t r, size_t t, typename Op::A* acc, Ahead& ahead) const {
     const int8_t* rows[R];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) rows[i] = linear.weight + row(r + size_t(i)) * linear.stride;
     const X* x = input.x + t * input.pitch;
-    typename Op::A total[R * T] = {};
-    if constexpr (Op::integer) {
-      multiply<Op, R, T>(rows, x, input.pitch, walk.at, end, total, ahead);
-    } else {
-      while (walk.at < end) {
-        const size_t stop = walk.end(end);
-        F acc[R * T] = {};
-        if (linear.offset != nullptr) {
-          for (int j = 0; j < T; ++j) {
-            const F sums = read<F>(input.lanes + ((t + size_t(j)) * input.segments + walk.segment) * kLanes);
-            for (int i = 0; i < R; ++i) acc[j * R + i] = sums * -linear.offset[row(r + size_t(i)) * linear.scale_stride + walk.group];
-          }
-        }
-        multiply<Op, R, T>(rows, x, input.pitch, walk.at, stop, acc, ahead);
-        for (int i = 0; i < R; ++i) {
-          const F scale = qtp::QTP_ISA::all(linear.scale[row(r + size_t(i)) * linear.scale_stride + walk.group]);
-          for (int j = 0; j < T; ++j) total[j * R + i] = fma(scale, acc[j * R + i], total[j * R + i]);
-        }
-        walk.move(linear, stop);
-      }
+    const size_t whole = begin + (end - begin) / Op::step * Op::step;
+    if (whole < end) {
+      const auto rest = [&](int i, size_t at) __attribute__((always_inline)) { return Op::weight(rows[i] + at, end - whole); };
+      multiply<Op, R, T>(rest, x, input.pitch, whole, whole + Op::step, acc, ahead);
     }
+    multiply<Op, R, T>([&](int i, size_t at) __attribute__((always_inline)) { return Op::weight(rows[i] + at); }, x, input.pitch, begin, whole,
+                       acc, ahead);
+  }
+
+  // From walk.at to `end`, where it then is; vectors of columns lie in one group.
+  template <int R, int T, bool Values, class Ahead>
+  QTP_INLINE Walk piece(Walk walk, size_t end, size_t r, size_t t, F* acc, Ahead& ahead) const {
+    while (walk.at < end) {
+      const size_t stop = walk.end(end);
+      floats<R, T, Values>(walk, stop, r, t, acc, ahead);
+      walk.move(linear, stop);
+    }
+    return walk;
+  }
+
+  // The columns from walk.at to `end`, all of one group and, but for the last ones, whole steps.
+  template <int R, int T, bool Values, class Ahead>
+  QTP_INLINE void floats(const Walk& walk, size_t end, size_t r, size_t t, F* acc, Ahead& ahead) const {
+    const X* x = input.x + t * input.pitch;
+    const int8_t* rows[R];
+    Affine affine[R];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      rows[i] = linear.weight + row(r + size_t(i)) * linear.stride;
+      if (Values) affine[i] = Affine(linear, row(r + size_t(i)), walk.group);
+    }
+    const auto value = [&](int i, F w) __attribute__((always_inline)) { return Values ? fma(w, affine[i].scale, affine[i].shift) : w; };
+    const auto whole = [&](int i, size_t at) __attribute__((always_inline)) { return value(i, Op::weight(rows[i] + at)); };
+    const size_t at = multiply<Op, R, T>(whole, x, input.pitch, walk.at, end, acc, ahead);
+    if (at == end) return;
+    const auto rest = [&](int i, size_t at) __attribute__((always_inline)) {
+      float y[kLanes] = {};
+      store_some<F32>(y, value(i, Op::weight(rows[i] + at, end - at)), end - at);
+      return read<F>(y);
+    };
+    multiply<Op, R, T>(rest, x, input.pitch, at, at + kLanes, acc, ahead);
+  }
+
+  // Adds a piece's sums, of which the first one is set.
+  template <int R, int T>
+  QTP_INLINE void add(const typename Op::A* acc, size_t r, size_t t, bool begins) const {
     Sum sums[R * T];
-    all_sums<R * T>(total, sums);
+    all_sums<R * T>(acc, sums);
     for (int j = 0; j < T; ++j) {
-      Sum* to = into + (t + size_t(j)) * kBlock + r;
+      Sum* to = work.got + (t + size_t(j)) * kBlock + r;
       for (int i = 0; i < R; ++i) to[i] = begins ? sums[j * R + i] : Op::plus(to[i], sums[j * R + i]);
     }
   }
 };
+
+// The scales of n rows of floats with one group.
+QTP_INLINE F scales(const Int8Linear& linear, size_t row, size_t n) {
+  float y[kLanes] = {};
+  for (size_t i = 0; i < n && i < kLanes; ++i) y[i] = linear.scale[(row + i) * linear.scale_stride];
+  return read<F>(y);
+}
 
 // Outputs row ... row + count - 1 of token t from what Rows has got for it.
 template <class Op, class E>
@@ -258,6 +326,7 @@ QTP_INLINE void finish(const Int8Linear& linear, const Prepared<Op>& input, cons
       y = bias != nullptr ? fma(y, scale, load_up_to<E>(bias + at, n)) : y * scale;
     } else {
       y = read<F>(got + i);
+      if (!grouped(linear)) y = y * scales(linear, at, n);
       if (bias != nullptr) y += load_up_to<E>(bias + at, n);
     }
     if (form == Form::kFloat)
@@ -280,8 +349,13 @@ QTP_INLINE void by_type(const Int8Linear& linear, const Call& call) {
   typed(F16());
 }
 
-size_t bytes(const Int8Linear& linear, size_t tokens) {
-  return linear.input == Input::kFloat ? Prepared<Floats>(linear, tokens, nullptr).bytes() : Prepared<Integers>(linear, tokens, nullptr).bytes();
+// Prepared tokens, then the Work of each thread.
+size_t bytes(const Int8Linear& linear, size_t tokens, int threads) {
+  size_t all = 0;
+  by_type(linear, [&](auto op, auto) {
+    all = Prepared<decltype(op)>(linear, tokens, nullptr).bytes() + size_t(threads) * sizeof(Work<decltype(op)>);
+  });
+  return all;
 }
 
 void lay(const Int8Linear& linear, const void* x, size_t tokens, size_t x_stride, const float* maxima, void* memory, Range range) {
@@ -293,18 +367,18 @@ void lay(const Int8Linear& linear, const void* x, size_t tokens, size_t x_stride
   });
 }
 
-void run(const Int8Linear& linear, size_t tokens, void* memory, void* out, size_t out_stride, Form form, Range range) {
+void run(const Int8Linear& linear, size_t tokens, void* memory, int thread, void* out, size_t out_stride, Form form, Range range) {
   by_type(linear, [&](auto op, auto e) {
     using Op = decltype(op);
     using E = decltype(e);
     const size_t item = form == Form::kDType ? sizeof(typename E::stored) : 4;
     const Prepared<Op> input(linear, tokens, memory);
-    typename Op::Sum got[kMostInt8Tokens * kBlock];
+    Work<Op>& work = reinterpret_cast<Work<Op>*>(static_cast<char*>(memory) + input.bytes())[thread];
     for (size_t row = range.begin; row < range.end; row += kBlock) {
       const size_t count = range.end - row < kBlock ? range.end - row : kBlock;
-      Rows<Op>{linear, input, row, count, got}.all();
+      Rows<Op>{linear, input, row, count, work}.all();
       for (size_t t = 0; t < tokens; ++t)
-        finish<Op, E>(linear, input, got + t * kBlock, t, row, count, static_cast<char*>(out) + (t * out_stride + row) * item, form);
+        finish<Op, E>(linear, input, work.got + t * kBlock, t, row, count, static_cast<char*>(out) + (t * out_stride + row) * item, form);
     }
   });
 }

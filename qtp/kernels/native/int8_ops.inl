@@ -4,11 +4,13 @@
 // put(to, x, scale, offset): kLanes elements of x as they are multiplied. kRows x kTokens sums stay in registers; kAlone, kFew: rows
 // for one token, and for two.
 
+constexpr int kAlone = 4, kFew = 4;
 constexpr int kRows = QTP_AVX512 ? 4 : 2;
 constexpr int kTokens = QTP_AVX512 ? 6 : 5;
 
 typedef int8_t B __attribute__((vector_size(kLanes)));
 typedef uint8_t UB __attribute__((vector_size(kLanes)));
+typedef int8_t Bytes __attribute__((vector_size(4 * kLanes)));
 typedef int16_t HalfWords __attribute__((vector_size(2 * kLanes)));
 typedef int16_t Words __attribute__((vector_size(4 * kLanes)));
 typedef int8_t WordBytes __attribute__((vector_size(2 * kLanes)));
@@ -82,14 +84,19 @@ struct Exact {
 // is too much, and is taken off at the end: `shifted`.
 struct Integers : Exact {
   using X = uint8_t;
-  using V = __m512i;
+  using V = Bytes;
   static constexpr size_t step = 4 * kLanes;
   static constexpr bool shifted = true;
-  static constexpr int kAlone = 4, kFew = 4;
   static QTP_INLINE V weight(const int8_t* w) { return read<V>(w); }
   static QTP_INLINE V weight(const int8_t* w, size_t n) { return padded<V>(w, n); }
   static QTP_INLINE V token(const X* x) { return read<V>(x); }
-  static QTP_INLINE I dot(I acc, V w, V x) { return (I)_mm512_dpbusd_epi32((__m512i)acc, x, w); }
+  static QTP_INLINE I dot(I acc, V w, V x) {
+#if QTP_AVX512
+    return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)x, (__m512i)w);
+#else
+    return (I)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)x, (__m256i)w);
+#endif
+  }
   static QTP_INLINE void put(X* to, F x, F scale, float offset) {
     const UB y = __builtin_convertvector(quantized(x, scale, offset) + 128, UB);
     __builtin_memcpy(to, &y, sizeof y);
@@ -102,7 +109,6 @@ struct Integers : Exact {
   using V = Words;
   static constexpr size_t step = 2 * kLanes;
   static constexpr bool shifted = false;
-  static constexpr int kAlone = 4, kFew = 4;
   static QTP_INLINE V weight(const int8_t* w) {
 #if QTP_AVX512
     return (V)_mm512_cvtepi8_epi16(read<__m256i>(w));
@@ -139,7 +145,6 @@ struct Floats {
   using V = F;
   static constexpr size_t step = kLanes;
   static constexpr bool integer = false, shifted = false;
-  static constexpr int kAlone = 8, kFew = 4;
   static QTP_INLINE Sum plus(Sum a, Sum b) { return a + b; }
   static QTP_INLINE V weight(const int8_t* w) {
 #if QTP_AVX512

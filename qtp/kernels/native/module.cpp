@@ -116,7 +116,8 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "qtp.kernels._native", nullptr,
 PyMODINIT_FUNC PyInit__native() {
   PyObject* module = PyModule_Create(&qtp::definition);
   if (module == nullptr) return nullptr;
-  if (!qtp::add_linear_types(module) || !qtp::add_int8_type(module) || PyModule_AddIntConstant(module, "INTERFACE", qtp::kInterface) != 0 ||
+  if (!qtp::add_linear_types(module) || !qtp::add_int8_type(module) || !qtp::add_sparse_type(module) ||
+      PyModule_AddIntConstant(module, "INTERFACE", qtp::kInterface) != 0 ||
       PyModule_AddFunctions(module, qtp::attention_functions) != 0) {
     Py_DECREF(module);
     return nullptr;

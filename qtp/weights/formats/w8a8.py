@@ -1,10 +1,14 @@
 """W8A8, static, and W8A8S, which differs in its values alone: int8 weights, activations by one scale and offset a layer."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from qtp.layout.spec import FLOAT32, INT8, INT32, SCALE_BITS, Part, Spec
 from qtp.layout.split import Grid, With
 from qtp.weights.formats.format import Linear, Tensors, check_offsets, check_scales, matrix
+
+if TYPE_CHECKING:
+    from torch import Tensor
 from qtp.weights.quantized import W8A8
 
 
@@ -16,9 +20,8 @@ class W8A8Format:
         return linear.weight(INT8), *static_specs(linear)
 
     def assemble(self, linear: Linear, tensors: Tensors, rank: int, grid: Grid) -> Sequence[W8A8]:
-        weight, quant_bias, deq_scale = (tensors[f"{linear.own}.{name}"] for name in ("weight", "quant_bias", "deq_scale"))
-        if not len(quant_bias):  # columns are cut, and another rank adds it
-            quant_bias = quant_bias.new_zeros(len(weight))
+        weight, deq_scale = (tensors[f"{linear.own}.{name}"] for name in ("weight", "deq_scale"))
+        quant_bias = whole_quant_bias(linear, tensors)
         return [
             W8A8(weight[r], scale, offset, quant_bias[r], deq_scale[r])
             for r, scale, offset in activations(linear, tensors, rank, grid)
@@ -37,6 +40,12 @@ def static_specs(linear: Linear) -> Sequence[Spec]:
         linear.outputs("quant_bias", INT32, once=True),
         linear.outputs("deq_scale", SCALE_BITS),
     )
+
+
+def whole_quant_bias(linear: Linear, tensors: Tensors) -> "Tensor":
+    """Zeros where columns are cut and another rank adds it."""
+    quant_bias, outputs = tensors[f"{linear.own}.quant_bias"], len(tensors[f"{linear.own}.deq_scale"])
+    return quant_bias if len(quant_bias) else quant_bias.new_zeros(outputs)
 
 
 def activations(linear: Linear, tensors: Tensors, rank: int, grid: Grid) -> list[tuple[slice, float, float]]:

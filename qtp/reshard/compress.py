@@ -1,0 +1,127 @@
+"""From W8A8S to W8A8SC: the parts of the ranks, each weight compressed after it was cut (docs/w8a8sc.md)."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qtp.config import ModelConfig
+from qtp.layout.split import Box, Grid, elements
+from qtp.reshard.folder import beside, check_apart, put
+from qtp.weights import codec
+from qtp.weights.checkpoint import Checkpoint, open_checkpoint
+from qtp.weights.manifest import MANIFEST, Held, HeldFile, Manifest, grid_words
+from qtp.weights.names import declare
+from qtp.weights.parts import header_digest
+from qtp.weights.store import ITEM_SIZE
+
+Bar = Callable[[int, str], Callable[[int], None]]
+STEM = "quant_model_weight_w8a8sc"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+}
+
+
+def check_target(model: ModelConfig, source: Path, target: Path, grid: Grid) -> None:
+    """Raises ValueError if the source is no W8A8S checkpoint, cannot be cut so, or the target is not a new or empty folder."""
+    if model.quantization is None or model.quantization.word not in ("w8a8s", "w8a8sc"):
+        word = "a float checkpoint" if model.quantization is None else model.quantization.word
+        raise ValueError(f"--model_path {source}: is {word}, and only w8a8s can be compressed; see python -m qtp.quantize")
+    model.check_world(grid.size)
+    check_apart(source, target)
+    if target.exists() and (not target.is_dir() or any(p.name not in _leftovers(grid) for p in target.iterdir())):
+        raise ValueError(f"--save_directory {target}: holds something already; choose a new or an empty folder")
+
+
+def _leftovers(grid: Grid) -> set[str]:
+    """What a run that did not come to its end left: it is written over."""
+    return {f"part{rank}-of-{grid.size}" for rank in range(grid.size)}
+
+
+def compress_part(model: ModelConfig, source: Path, target: Path, grid: Grid, rank: int, threads: int, bar: Bar) -> HeldFile:
+    """Writes the part of `rank`; ValueError as of a Store. Memory: the part, compressed, and a weight for each thread."""
+    assert model.quantization is not None
+    types = model.quantization.types
+    with open_checkpoint(source, model.weight_files) as store:
+        boxes = {
+            part.name: (part.shape, box)
+            for spec in declare(model)
+            for part in spec.parts
+            if elements(box := part.split.box(part.shape, rank, grid))
+            for _ in [store.check(part.name, part.shape)]
+        }
+        progress = bar(sum(_bytes(store, name, box) for name, (_, box) in boxes.items()), f"part {rank}")
+
+        def work(name: str) -> tuple[dict[str, Tensor], Held]:
+            shape, box = boxes[name]
+            raw = bytearray(_bytes(store, name, box))
+            store.read_into(name, box, memoryview(raw))
+            entry = store.entries[name]
+            held = Held(dtype=entry.dtype, shape=shape, box=box, xxh3=xxhash.xxh3_128_hexdigest(raw))
+            x = torch.frombuffer(raw, dtype=_DTYPES[entry.dtype]).view([len(r) for r in box])
+            progress(len(raw))
+            if types.get(name) not in ("W8A8S", "W8A8SC") or entry.dtype != "I8":
+                return {name: x}, held
+            own = name.removesuffix(".weight")
+            return dict(zip((name, f"{own}.index", f"{own}.info"), codec.compress(x), strict=True)), held
+
+        tensors: dict[str, Tensor] = {}
+        told: dict[str, Held] = {}
+        with ThreadPoolExecutor(threads, "compress") as pool:
+            for name, (made, held) in zip(boxes, pool.map(work, boxes), strict=True):
+                tensors |= made
+                told[name] = held
+        store.check_unchanged()
+    path = f"part{rank}-of-{grid.size}/{STEM}.safetensors"
+    _save(tensors, target / path)
+    return HeldFile(path=path, size=(target / path).stat().st_size, header=header_digest(target / path), tensors=told)
+
+
+def _bytes(store: Checkpoint, name: str, box: Box) -> int:
+    return elements(box) * ITEM_SIZE[store.entries[name].dtype]
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def finish(model: ModelConfig, source: Path, target: Path, grid: Grid, files: Sequence[HeldFile]) -> tuple[int, int]:
+    """Writes what is beside the weights, the manifest last. Returns the bytes of the parts' tensors before and now."""
+    assert model.quantization is not None
+    description = Path(model.quantization.source)
+    for name in beside(source):
+        if name != description.name:
+            put(target / name, (source / name).read_bytes())
+    types: dict[str, Any] = json.loads(description.read_text(encoding="utf-8"))
+    for name, kind in list(types.items()):
+        if kind == "W8A8S":
+            types[name] = "W8A8SC"
+            if name.endswith(".weight"):
+                types |= {f"{name.removesuffix('.weight')}.{word}": "W8A8SC" for word in ("index", "info")}
+    put(target / description.name.replace("w8a8s.", "w8a8sc."), (json.dumps(types, indent=2) + "\n").encode())
+    config = json.loads((source / "config.json").read_text(encoding="utf-8")) | {"quantize": "w8a8sc"}
+    put(target / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    sparse = model.moe is not None
+    request = {"compressed": str(source.name), "grid": grid_words(grid, sparse=sparse)}
+    manifest = Manifest(layout="parts", names="hf", grid=grid_words(grid, sparse=sparse), request=request, files=tuple(files))
+    put(target / MANIFEST, manifest.text().encode())
+    before = sum(elements(held.box) * ITEM_SIZE[held.dtype] for file in files for held in file.tensors.values())
+    return before, sum(file.size for file in files)

@@ -1,0 +1,158 @@
+"""Native products with compressed weights against exact integers, on every instruction set that this processor has.
+
+Memory that is to be written holds something else before, and so does memory around it and around what is read.
+"""
+
+from collections.abc import Iterator
+from random import Random
+
+import pytest
+import torch
+from torch import Tensor
+
+from qtp.kernels.extension import native
+from qtp.kernels.sparse import native_products, torch_products
+from qtp.weights import codec
+from qtp.weights.quantized import W8A8SC
+
+ISAS = tuple(enumerate(native.isas()))
+
+
+@pytest.fixture(params=ISAS, ids=[name for _, name in ISAS])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    native.use_isa(request.param[0])
+    yield request.param[1]
+    native.use_isa(len(ISAS) - 1)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def numbers(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+
+
+def matrix(generator: torch.Generator, n: int, k: int, share: float) -> Tensor:
+    weight = torch.randint(-8, 8, (n, k), generator=generator, dtype=torch.int8)
+    picked = torch.rand(n, k, generator=generator) < share
+    weight[picked] = numbers(generator, int(picked.sum()))
+    return weight
+
+
+def compressed(weight: Tensor) -> W8A8SC:
+    nothing = torch.zeros(0)
+    return W8A8SC(*codec.compress(weight), 1.0, 0.0, nothing, nothing)
+
+
+def apart(generator: torch.Generator, rows: int, columns: int) -> Tensor:
+    """A matrix whose rows lie apart, at odd addresses, with other numbers between them and around."""
+    return numbers(generator, rows + 2, columns + 7)[1:-1, 3 : 3 + columns]
+
+
+def exact(weight: Tensor, x: Tensor) -> Tensor:
+    return (x.double() @ weight.double().T).to(torch.int32)
+
+
+def check(weight: Tensor, x: Tensor) -> None:
+    """The native product, into memory that holds something else; and nothing is written around it."""
+    held, (tokens, rows) = compressed(weight), (x.shape[0], weight.shape[0])
+    around = torch.full((tokens + 2, rows + 9), 77_777)
+    out = around.to(torch.int32)
+    place = (held.data.data_ptr(), held.data.numel(), held.index.data_ptr(), held.index.numel())
+    handle = native.SparseLinear(*held.shape, *place)
+    inside = out[1:-1, 4 : 4 + rows]
+    handle.run(x.data_ptr(), tokens, x.stride(0), inside.data_ptr(), out.stride(0))
+    assert torch.equal(inside, exact(weight, x)), (tuple(weight.shape), tokens)
+    inside.fill_(77_777)
+    assert (out == 77_777).all()
+
+
+def test_odd_shapes(isa: str, threads: int) -> None:
+    generator, random = torch.Generator().manual_seed(1), Random(1)
+    for _ in range(60):
+        rows, columns = random.randint(0, 150), random.choice([random.randint(0, 700), 128 * random.randint(0, 5)])
+        share = random.choice([0.0, 0.011, 0.011, 0.1, 0.2, 1.0])
+        check(matrix(generator, rows, columns, share), apart(generator, random.choice([1, 1, 2, 3, 8, 9, 23]), columns))
+
+
+@pytest.mark.parametrize("columns", [70, 128, 333, 384])
+def test_every_number_of_tokens(isa: str, columns: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight = matrix(generator, 53, columns, 0.03)
+    weight[16:32] = numbers(generator, 16, columns)
+    for tokens in (0, *range(1, 41), 200):
+        check(weight, apart(generator, tokens, columns))
+
+
+def test_more_tokens_than_are_laid_out_at_once(isa: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight = matrix(generator, 20, 200, 0.05)
+    for tokens in (256, 257, 700):
+        check(weight, apart(generator, tokens, 200))
+    weight = matrix(generator, 18, 30_001, 0.01)
+    for tokens in (8, 9, 17):
+        check(weight, apart(generator, tokens, 30_001))
+
+
+@pytest.mark.parametrize("value", [-128, -8, -9, 7, 8, 127])
+def test_extremes(isa: str, value: int) -> None:
+    """The largest sums, of all signs: int16 would overflow first."""
+    for columns in (127, 256, 1024, 5000):
+        weight = torch.full((18, columns), value, dtype=torch.int8)
+        for x in (-128, 127, 0):
+            check(weight, torch.full((5, columns), x, dtype=torch.int8))
+            check(weight, torch.full((1, columns), x, dtype=torch.int8))
+        sparse = torch.full((18, columns), 7 if value > 0 else -8, dtype=torch.int8)
+        sparse[:, ::9] = value
+        check(sparse, torch.full((3, columns), -128, dtype=torch.int8))
+        check(sparse, torch.full((1, columns), 127, dtype=torch.int8))
+
+
+def test_columns_of_four_bytes(isa: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for columns in (65_536, 65_537, 80_000):
+        weight = matrix(generator, 19, columns, 0.011)
+        weight[:, -2:] = torch.tensor([-128, 127], dtype=torch.int8)
+        for tokens in (1, 5):
+            check(weight, apart(generator, tokens, columns))
+
+
+def test_outliers_at_the_edges(isa: str) -> None:
+    """The first and the last column of a row, of a group and of its halves; rows with none, one and as many as fit."""
+    generator = torch.Generator().manual_seed(6)
+    for columns in (63, 128, 192, 257, 400):
+        weight = torch.zeros(33, columns, dtype=torch.int8)
+        for row, column in enumerate((0, 1, 62, 63, 64, 65, 127, 128, 191, 192, 255, 256, columns - 2, columns - 1)):
+            weight[2 * row, min(column, columns - 1)] = 100 - 13 * row
+        weight[32, : columns // 8] = 50
+        for tokens in (1, 2, 12):
+            check(weight, apart(generator, tokens, columns))
+
+
+def test_the_face_of_both(isa: str, threads: int) -> None:
+    generator = torch.Generator().manual_seed(7)
+    for rows, columns, tokens in ((100, 300, 7), (4000, 128, 1), (1, 1, 1), (0, 5, 3), (5, 0, 3), (5, 5, 0)):
+        weight = matrix(generator, rows, columns, 0.02)
+        held, x = compressed(weight), apart(generator, tokens, columns)
+        assert held.shape == (rows, columns)
+        for products in (torch_products(held), native_products(held)):
+            got = products(x)
+            assert got.dtype == torch.int32
+            assert torch.equal(got, exact(weight, x))
+
+
+def test_a_part_of_the_rows_computes_the_same(isa: str) -> None:
+    """What `codec.cut` gives."""
+    generator = torch.Generator().manual_seed(8)
+    weight, x = matrix(generator, 70, 222, 0.011), numbers(generator, 4, 222)
+    stream = codec.compress(weight)
+    nothing = torch.zeros(0)
+    whole = exact(weight, x)
+    for start, stop in ((0, 32), (16, 70), (64, 70)):
+        part = W8A8SC(*codec.cut(*stream, start, stop), 1.0, 0.0, nothing, nothing)
+        assert torch.equal(native_products(part)(x), whole[:, start:stop])
