@@ -42,10 +42,7 @@ _GRID = Grid(size=1, moe_ep=1, moe_tp=1)
 class Calibration:
     """This rank's samples: those whose lane is its own. `step` moves them through one block; their hidden states and the weights
     of one block, in `dtype`, are what it holds. Lanes run side by side, each on one thread, instead of threads that wait for one
-    another in every operation.
-
-    Every other sample begins at a later position, spread over the model's whole context: the model sees no difference, since it
-    knows positions by their distances alone, and the ranges of turned keys become those of long texts too."""
+    another in every operation."""
 
     def __init__(
         self, config: ModelConfig, store: Store, samples: Sequence[Sequence[int]], comm: Communicator, dtype: torch.dtype
@@ -55,17 +52,16 @@ class Calibration:
         self._count = len(samples)
         self._longest = max(map(len, samples))
         rope = Rope(config.rope, config.head_dim, comm.device)
+        self._turns = rope.frequencies * context_limit(config)
         self._mine: dict[int, tuple[Batch, Tensor, Tensor]] = {}
         self._hidden: dict[int, Tensor] = {}
         self._before: dict[int, Tensor] = {}
         for number, ids in enumerate(samples):
             if number % LANES % comm.size != comm.rank:
                 continue
-            room = context_limit(config) - len(ids)
-            start = max(room, 0) * number // len(samples) if number % 2 else 0
-            batch = _batch(ids, start, comm.device)
-            angles = batch.positions_T.float()[:, None] * rope.frequencies
-            self._mine[number] = batch, angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+            blocks = tuple(range(-(-len(ids) // _BLOCK)))
+            batch = replace(make_batch([(tuple(ids), 0, blocks)], _BLOCK, comm.device), num_decodes=0)
+            self._mine[number] = batch, *rope.table(batch.positions_T, len(ids))
             self._hidden[number] = self._embedded(ids)
         self._kernels: Kernels = TorchKernels()
         self._workers = torch.get_num_threads() if comm.device.type == "cpu" else 1
@@ -118,7 +114,7 @@ class Calibration:
         kv_of = tuple(h * config.num_kv_heads // config.num_heads for h in range(config.num_heads))
         native = isinstance(self._kernels, NativeKernels)
         backend: AttentionBackend = NativeAttention(cache, kv_of, device) if native else TorchAttention(cache, kv_of, device)
-        attention = WatchedAttention(backend, config.num_kv_heads, see)
+        attention = WatchedAttention(backend, config.num_kv_heads, self._turns, see)
         names = {id(tensor): name.removesuffix(".weight") for name, tensor in shard.items()}
         place = Place(
             rank=0,
@@ -146,10 +142,3 @@ class Calibration:
 def _alone(partial: Tensor | Unscaled) -> Tensor:
     assert isinstance(partial, Tensor), "weights are in float"
     return partial
-
-
-def _batch(ids: Sequence[int], start: int, device: torch.device) -> Batch:
-    """One sequence, whose first position is `start` though nothing is before it."""
-    blocks = tuple(range(-(-len(ids) // _BLOCK)))
-    batch = make_batch([(tuple(ids), 0, blocks)], _BLOCK, device)
-    return replace(batch, positions_T=batch.positions_T + start, num_decodes=0)

@@ -254,30 +254,34 @@ class _Run:
             return {}
         config, own = self.source.config, f"layers.{layer}.attention"
         width = config.num_kv_heads * config.head_dim
-        return {f"{own}.query": config.num_heads * config.head_dim, f"{own}.key": width, f"{own}.value": width}
+        widths = {"query.reach": config.num_heads * config.head_dim, "key": width, "key.reach": width, "value": width}
+        return {f"{own}.{name}": width for name, width in widths.items()}
 
     def _write_kv(self, layer: int, seen: Mapping[str, Seen], value: Change) -> None:
         """The scales of what goes into the KV cache; `value` is what smoothing does to v_proj."""
         if self.asked.kv is None:
             return
         config, own, theirs = self.source.config, f"layers.{layer}.attention", f"model.layers.{layer}.self_attn"
-        of = {n[0]: seen[f"{own}.{n}"] for n in ("query", "key", "value")}
+        of = {"k": seen[f"{own}.key"], "v": seen[f"{own}.value"]}
         if value.rows is not None:
             of["v"] = of["v"].divided(value.rows)
+        ranges = {"k": seen[f"{own}.key.reach"], "v": of["v"]}
         for i, n in enumerate("kv"):
+            low, high = ranges[n].low, ranges[n].high
             if self.asked.kv == C8:
-                scale, offset = arithmetic.channels(of[n].low, of[n].high)
+                scale, offset = arithmetic.channels(low, high)
                 self.files.put(f"{theirs}.{n}_proj.kv_cache_scale", scale)
                 self.files.put(f"{theirs}.{n}_proj.kv_cache_offset", offset)
             else:
-                by_head = arithmetic.heads(of[n].low, of[n].high, config.num_kv_heads)
+                by_head = arithmetic.heads(low, high, config.num_kv_heads)
                 scale, offset = by_head.expand(-1, config.head_dim).flatten(), torch.zeros(1)
                 self._put_fa(f"{theirs}.fa_{n}", by_head)
             x = of[n].rows
             rounded = ((x / scale + offset).round().clamp(-128, 127) - offset) * scale
             self._kv_errors[layer, i] = float((x - rounded).norm() / x.norm().clamp(min=1e-30))
         if self.asked.kv == FAQUANT:
-            self._put_fa(f"{theirs}.fa_q", arithmetic.heads(of["q"].low, of["q"].high, config.num_heads))
+            query = seen[f"{own}.query.reach"]
+            self._put_fa(f"{theirs}.fa_q", arithmetic.heads(query.low, query.high, config.num_heads))
 
     def _put_fa(self, name: str, scale: Tensor) -> None:
         self.files.put(f"{name}.scale", scale)

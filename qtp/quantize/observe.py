@@ -5,7 +5,7 @@ T tokens, D columns of an input, R captured rows, Q, K query and KV heads, d hea
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from math import sqrt
+from math import pi, sqrt
 from threading import Lock
 from typing import Any
 
@@ -115,10 +115,9 @@ class Recorder:
         ranges = torch.stack([torch.stack((x.low, x.high)) for x in mine])
         rows = torch.zeros(each, self._most + 1, width)
         for i, lane in enumerate(mine):
-            if lane.rows:
-                some = torch.cat(lane.rows)
-                rows[i, : len(some)] = some
-            rows[i, -1, 0] = sum(map(len, lane.rows))
+            some = torch.cat(lane.rows)[: self._most] if lane.rows else rows[i, :0]
+            rows[i, : len(some)] = some
+            rows[i, -1, 0] = len(some)
 
         def gather(x: Tensor) -> Tensor:
             """By lane."""
@@ -227,11 +226,13 @@ class WatchedKernels:
 
 
 class WatchedAttention:
-    """A backend that shows the queries and keys of a layer, turned by their positions, and its values, each [T, heads, d], as
-    'layers.N.attention.query', '.key' and '.value'. `inner` has the KV cache of one layer."""
+    """A backend that shows the queries and keys of a layer, turned by their positions, and its values, [T, heads * d] each, as
+    'layers.N.attention.query', '.key' and '.value'; as '.query.reach' and '.key.reach' [2, heads * d] the bounds between which
+    they would lie over the model's whole context, at whose end each pair of channels is turned by `turns` [d / 2].
+    `inner` has the KV cache of one layer."""
 
-    def __init__(self, inner: AttentionBackend, kv_heads: int, see: See) -> None:
-        self._inner, self._kv_heads, self._see = inner, kv_heads, see
+    def __init__(self, inner: AttentionBackend, kv_heads: int, turns: Tensor, see: See) -> None:
+        self._inner, self._kv_heads, self._turns, self._see = inner, kv_heads, turns, see
 
     def plan(self, batch: Batch, cos: Tensor, sin: Tensor) -> object:
         return self._inner.plan(batch, cos, sin), cos[:, None], sin[:, None]
@@ -242,7 +243,29 @@ class WatchedAttention:
         heads = qkv_THd.shape[1] - 2 * self._kv_heads
         query, key, value = torch.split(qkv_THd.float(), [heads, self._kv_heads, self._kv_heads], dim=1)
         own = f"layers.{layer}.attention"
-        self._see(f"{own}.query", rotate(query, cos, sin).flatten(1))
-        self._see(f"{own}.key", rotate(key, cos, sin).flatten(1))
+        for name, x in (("query", query), ("key", key)):
+            turned = rotate(x, cos, sin)
+            self._see(f"{own}.{name}", turned.flatten(1))
+            self._see(f"{own}.{name}.reach", reach(x, self._turns, float((cos.square() + sin.square()).amax().sqrt())))
         self._see(f"{own}.value", value.flatten(1))
         return self._inner.run(inner, 0, qkv_THd, window)
+
+
+def reach(x_THd: Tensor, turns: Tensor, factor: float = 1.0) -> Tensor:
+    """The least and the largest value of each channel, [2, H * d], over tokens and angles from 0 to `turns` [d / 2], by which a
+    pair (first half, second half) is turned; times `factor`."""
+    first, second = x_THd.float().chunk(2, dim=-1)
+    radius, start = torch.hypot(first, second) * factor, torch.atan2(second, first)
+    halves = []
+    for shift in (0.0, -pi / 2):  # radius * cos, and radius * sin, of the angle from `start` on
+        begin = start + shift
+        end = begin + turns
+        high = torch.where(_passes(begin, end, 0.0), 1.0, torch.maximum(begin.cos(), end.cos()))
+        low = torch.where(_passes(begin, end, pi), -1.0, torch.minimum(begin.cos(), end.cos()))
+        halves.append(torch.stack(((radius * low).amin(0), (radius * high).amax(0))))
+    return torch.cat(halves, dim=-1).flatten(1)
+
+
+def _passes(begin: Tensor, end: Tensor, angle: float) -> Tensor:
+    """Whether angle + 2 pi n, for any n, lies between."""
+    return ((end - angle) / (2 * pi)).floor() >= ((begin - angle) / (2 * pi)).ceil()
