@@ -1,0 +1,143 @@
+"""One linear layer from float to a quantized type, read, rounded and written by pieces of rows. N outputs, K input columns."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import fsum, sqrt
+
+import torch
+from torch import Tensor
+
+from qtp.config import ModelConfig
+from qtp.quantize import arithmetic
+from qtp.quantize.arithmetic import Activation
+from qtp.quantize.layers import Linear
+from qtp.quantize.lowbit import low_bit
+from qtp.quantize.observe import Seen
+from qtp.quantize.raw import read
+from qtp.quantize.settings import STATIC, Settings
+from qtp.quantize.smooth import Change, rounded_input
+from qtp.quantize.write import WORDS, Planned, WeightFiles
+from qtp.weights.store import Store
+
+_PIECE = 1 << 18  # elements of what a thread works on at once, which its cache holds
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """sums: of the squares of what a weight lost, of the weight, and likewise of its outputs over the captured rows."""
+
+    sums: tuple[float, ...]
+
+    @property
+    def weight_error(self) -> float:
+        """Relative, root mean square."""
+        return sqrt(self.sums[0] / max(self.sums[1], 1e-30))
+
+    @property
+    def output_error(self) -> float | None:
+        """Likewise; None where no input was seen."""
+        return sqrt(self.sums[2] / self.sums[3]) if self.sums[3] else None
+
+
+def bias_of(store: Store, linear: Linear) -> str | None:
+    """The type of a layer's bias, as it is stored."""
+    return store.entries[f"{linear.name}.bias"].dtype if linear.biased else None
+
+
+def tensors_of(linear: Linear, asked: Settings, kind: str, dtype: str, bias: str | None) -> list[Planned]:
+    """What a layer of this type is written as. dtype: of the model."""
+    (n, k), name = linear.shape, linear.name
+    found: list[tuple[str, str, tuple[int, ...]]] = [("weight", "I8", (n, k))]
+    if kind in STATIC:
+        found += [("input_scale", "F32", (1,)), ("input_offset", "F32", (1,)), ("quant_bias", "I32", (n,))]
+        found += [("deq_scale", "I64" if dtype == "float16" else "F32", (n,))]
+    else:
+        count = -(-k // asked.group_size) if kind == "W8A16" and asked.group_size else 1
+        found += [("weight_scale", "F32", (n, count)), ("weight_offset", "F32", (n, count))]
+        if bias is not None:
+            found += [("bias", bias, (n,))]
+    return [Planned(f"{name}.{suffix}", word, shape, kind) for suffix, word, shape in found]
+
+
+Job = tuple[Linear, Change, Seen | None, Activation | None]
+
+
+class Maker:
+    """dtype: of the model."""
+
+    def __init__(self, asked: Settings, config: ModelConfig, store: Store, files: WeightFiles, dtype: str) -> None:
+        self._asked, self._config, self._store, self._files, self._dtype = asked, config, store, files, dtype
+        # Pieces side by side, each on one thread, instead of threads that wait for one another in every operation.
+        self._threads = ThreadPoolExecutor(torch.get_num_threads(), "quantize", initializer=torch.set_num_threads, initargs=(1,))
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def all(self, jobs: Sequence[Job]) -> list[Made]:
+        """As `make` for each."""
+        if self._asked.kind != "W8A8S":
+            return [self.make(*job) for job in jobs]
+        return list(self._threads.map(lambda job: self.make(*job), jobs))  # whole layers side by side
+
+    def make(self, linear: Linear, change: Change, seen: Seen | None, x: Activation | None) -> Made:
+        """Writes the layer. seen: its input, changed as `change` says; x: how that is rounded, if that is fixed."""
+        name, (n, k) = linear.name, linear.shape
+        own = name if linear.layer is not None or not self._config.tie_word_embeddings else "model.embed_tokens"
+        bias = change.bias(read(self._store, f"{name}.bias")) if linear.biased else None
+        exact = rounded = None
+        if seen is not None:
+            exact, rounded = seen.rows, rounded_input(self._asked.kind, seen) if x is None else x.through(seen.rows)
+        if x is not None:
+            self._files.put(f"{name}.input_scale", torch.tensor([x.scale]))
+            self._files.put(f"{name}.input_offset", torch.tensor([x.offset]))
+        elif bias is not None:
+            self._put_bias(linear, bias)
+
+        def piece(first: int) -> list[float]:
+            rows = range(first, min(first + step, n))
+            w = change.weight(read(self._store, f"{own}.weight", rows), first)
+            read_as = self._piece(linear, w, None if bias is None else bias[first : rows.stop], seen, x, first)
+            terms = [w - read_as, w]
+            if exact is not None and rounded is not None:
+                y = exact @ w.T
+                terms += [(rounded @ read_as.T).sub_(y), y]
+            return [float(torch.dot(term.flatten(), term.flatten())) for term in terms] + [0.0] * (4 - len(terms))
+
+        step = n if self._asked.kind == "W8A8S" else max(1, _PIECE // k)
+        parts = range(0, n, step)
+        sums = list(map(piece, parts)) if len(parts) == 1 else list(self._threads.map(piece, parts))
+        return Made(tuple(fsum(part[i] for part in sums) for i in range(4)))
+
+    def _piece(
+        self, linear: Linear, w: Tensor, bias: Tensor | None, seen: Seen | None, x: Activation | None, first: int
+    ) -> Tensor:
+        """Writes rows from `first` on, and returns them as they will be read, in float32."""
+        asked, name = self._asked, linear.name
+        if asked.kind == "W8A16":
+            q, scales, offsets = arithmetic.groups(w, asked.group_size, asked.symmetric)
+            self._put_rows(name, first, weight=q, weight_scale=scales, weight_offset=offsets)
+            return arithmetic.ungrouped(q, scales, offsets, asked.group_size)
+        if asked.kind == "W8A8S":
+            assert x is not None
+            importance = None if seen is None else seen.square
+            q, scales = low_bit(w, importance, asked.fraction, asked.sigma_factor, search=asked.search, protect=asked.protect)
+        else:
+            scales = arithmetic.rows_symmetric(w)
+            if x is not None:
+                scales = arithmetic.static_scales(scales, bias, x)
+            q = (w / scales).round_().to(torch.int8)
+        if x is None:
+            self._put_rows(name, first, weight=q, weight_scale=scales, weight_offset=torch.zeros_like(scales))
+        else:
+            deq, quant_bias = arithmetic.static(q, scales, bias, x)
+            self._put_rows(name, first, weight=q, deq_scale=arithmetic.scale_bits(deq, self._dtype), quant_bias=quant_bias)
+        return q.float().mul_(scales)
+
+    def _put_rows(self, name: str, first: int, **tensors: Tensor) -> None:
+        for suffix, tensor in tensors.items():
+            self._files.put(f"{name}.{suffix}", tensor, first)
+
+    def _put_bias(self, linear: Linear, bias: Tensor) -> None:
+        stored = bias_of(self._store, linear)
+        self._files.put(f"{linear.name}.bias", bias.to(next(dtype for dtype, word in WORDS.items() if word == stored)))
