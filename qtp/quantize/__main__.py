@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         ("use_kvcache_quant", "int8 KV cache, C8"),
         ("use_fa_quant", "int8 attention, FA3 (FAQuant)"),
         ("is_dynamic", "W8A8_DYNAMIC: activations are rounded by token"),
-        ("quantize_lm_head", "W8A16: lm_head too, tied or not"),
+        ("quantize_lm_head", "lm_head too, tied or not: W8A16; in W8A8S beside W8A8S"),
     ):
         what.add_argument(f"--{name}", type=boolean, nargs="?", const=True, metavar="True|False", help=text)
     what.add_argument(

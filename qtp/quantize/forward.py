@@ -82,6 +82,14 @@ class Calibration:
         """Runs the block of the last `step` once more. probe: as `WatchedKernels`."""
         self._through(layer, shard, watch, probe, {number: x.clone() for number, x in self._before.items()})
 
+    def end(self, name: str, recorder: Recorder) -> None:
+        """Shows the recorder, as the input of `name`, what comes after the last norm."""
+        shard = load(self._store, [s for s in self._specs if s.name == "norm.weight"], 0, _GRID, self._dtype, self._comm.device)
+        run = self._kernels.rms_norm(norm(self._config, shard, "norm"))
+        with torch.inference_mode():
+            for number, x in self._hidden.items():
+                recorder.see(number % LANES, name, run(x))
+
     def _through(
         self, layer: int, shard: Shard, watch: Recorder | Histograms, probe: Collection[str], hidden: dict[int, Tensor]
     ) -> dict[int, Tensor]:

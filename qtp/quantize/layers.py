@@ -72,7 +72,8 @@ def _norm(own: str, layer: int | None) -> str | None:
 
 
 def forms(config: ModelConfig, asked: Settings) -> dict[str, str]:
-    """The type of each linear layer by name: `asked.kind`, or FLOAT. Raises ValueError for a name that is no layer's."""
+    """The type of each linear layer by name: `asked.kind`, `asked.head_kind`, or FLOAT. Raises ValueError for a name that is no
+    layer's."""
     every = linears(config)
     for pattern in asked.disable_names:
         if pattern != "lm_head" and not any(fnmatchcase(linear.name, pattern) for linear in every):
@@ -81,11 +82,11 @@ def forms(config: ModelConfig, asked: Settings) -> dict[str, str]:
             )
 
     def form(linear: Linear) -> str:
-        if linear.layer is None and not asked.lm_head:
-            return FLOAT
         if linear.ends("down_proj") and not asked.down_proj:
             return FLOAT
-        return FLOAT if any(fnmatchcase(linear.name, pattern) for pattern in asked.disable_names) else asked.kind
+        if any(fnmatchcase(linear.name, pattern) for pattern in asked.disable_names):
+            return FLOAT
+        return asked.kind if linear.layer is not None else asked.head_kind
 
     return {linear.name: form(linear) for linear in every}
 

@@ -1,6 +1,6 @@
 """One linear layer from float to a quantized type, read, rounded and written by pieces of rows. N outputs, K input columns."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import fsum, sqrt
@@ -64,10 +64,12 @@ Job = tuple[Linear, Change, Seen | None, Activation | None]
 
 
 class Maker:
-    """dtype: of the model."""
+    """forms: the type of each layer by name; dtype: of the model."""
 
-    def __init__(self, asked: Settings, config: ModelConfig, store: Store, files: WeightFiles, dtype: str) -> None:
-        self._asked, self._config, self._store, self._files, self._dtype = asked, config, store, files, dtype
+    def __init__(
+        self, asked: Settings, forms: Mapping[str, str], config: ModelConfig, store: Store, files: WeightFiles, dtype: str
+    ) -> None:
+        self._asked, self._forms, self._config, self._store, self._files, self._dtype = asked, forms, config, store, files, dtype
         # Pieces side by side, each on one thread, instead of threads that wait for one another in every operation.
         self._threads = ThreadPoolExecutor(torch.get_num_threads(), "quantize", initializer=torch.set_num_threads, initargs=(1,))
 
@@ -82,12 +84,12 @@ class Maker:
 
     def make(self, linear: Linear, change: Change, seen: Seen | None, x: Activation | None) -> Made:
         """Writes the layer. seen: its input, changed as `change` says; x: how that is rounded, if that is fixed."""
-        name, (n, k) = linear.name, linear.shape
+        name, (n, k), kind = linear.name, linear.shape, self._forms[linear.name]
         own = name if linear.layer is not None or not self._config.tie_word_embeddings else "model.embed_tokens"
         bias = change.bias(read(self._store, f"{name}.bias")) if linear.biased else None
         exact = rounded = None
         if seen is not None:
-            exact, rounded = seen.rows, rounded_input(self._asked.kind, seen) if x is None else x.through(seen.rows)
+            exact, rounded = seen.rows, rounded_input(kind, seen) if x is None else x.through(seen.rows)
         if x is not None:
             self._files.put(f"{name}.input_scale", torch.tensor([x.scale]))
             self._files.put(f"{name}.input_offset", torch.tensor([x.offset]))
@@ -104,7 +106,7 @@ class Maker:
                 terms += [(rounded @ read_as.T).sub_(y), y]
             return [float(torch.dot(term.flatten(), term.flatten())) for term in terms] + [0.0] * (4 - len(terms))
 
-        step = n if self._asked.kind == "W8A8S" else max(1, _PIECE // k)
+        step = n if kind == "W8A8S" else max(1, _PIECE // k)
         parts = range(0, n, step)
         sums = list(map(piece, parts)) if len(parts) == 1 else list(self._threads.map(piece, parts))
         return Made(tuple(fsum(part[i] for part in sums) for i in range(4)))
@@ -113,12 +115,12 @@ class Maker:
         self, linear: Linear, w: Tensor, bias: Tensor | None, seen: Seen | None, x: Activation | None, first: int
     ) -> Tensor:
         """Writes rows from `first` on, and returns them as they will be read, in float32."""
-        asked, name = self._asked, linear.name
-        if asked.kind == "W8A16":
+        asked, name, kind = self._asked, linear.name, self._forms[linear.name]
+        if kind == "W8A16":
             q, scales, offsets = arithmetic.groups(w, asked.group_size, asked.symmetric)
             self._put_rows(name, first, weight=q, weight_scale=scales, weight_offset=offsets)
             return arithmetic.ungrouped(q, scales, offsets, asked.group_size)
-        if asked.kind == "W8A8S":
+        if kind == "W8A8S":
             assert x is not None
             importance = None if seen is None else seen.square
             q, scales = low_bit(w, importance, asked.fraction, asked.sigma_factor, search=asked.search, protect=asked.protect)

@@ -158,7 +158,7 @@ class _Run:
         self.quantized = [linear for linear in self.every if outcome.forms[linear.name] != FLOAT]
         self.planned = tuple(_plan(source, asked, outcome.forms))
         self.files = WeightFiles(partial, asked.stem, self.planned, max_bytes)
-        self.maker = Maker(asked, source.config, source.store, self.files, source.dtype)
+        self.maker = Maker(asked, outcome.forms, source.config, source.store, self.files, source.dtype)
         self._errors = torch.zeros(len(self.quantized), 4, dtype=torch.float64)
         self._kv_errors = torch.zeros(source.config.num_layers, 2, dtype=torch.float64)
 
@@ -174,6 +174,8 @@ class _Run:
             inputs: Mapping[str, Activation] = {}
             if calibration is not None and layer is not None:
                 seen, smoothing, inputs = self._calibrated(layer, own, calibration)
+            elif calibration is not None and self.asked.head_kind in STATIC and own:
+                seen, inputs = self._calibrated_head(own[0], calibration)
             jobs = []
             for linear in self._mine([(linear, linear.shape[0] * linear.shape[1]) for linear in own]):
                 change, before = smoothing.changes.get(linear.name, Change()), seen.get(linear.own)
@@ -223,6 +225,14 @@ class _Run:
             self._write_kv(layer, seen, smoothing.changes.get(f"model.layers.{layer}.self_attn.v_proj", Change()))
         inputs = self._inputs(layer, own, seen, smoothing, calibration, shard) if asked.kind in STATIC else {}
         return seen, smoothing, inputs
+
+    def _calibrated_head(self, head: Linear, calibration: Calibration) -> tuple[dict[str, Seen], dict[str, Activation]]:
+        """What lm_head was given, and the scale of it."""
+        recorder = calibration.recorder({head.own: head.shape[1]})
+        calibration.end(head.own, recorder)
+        seen = recorder.seen(self.comm)
+        low, high = float(seen[head.own].low.min()), float(seen[head.own].high.max())
+        return seen, {head.own: arithmetic.activation(low, high)}
 
     def _inputs(
         self,

@@ -66,7 +66,7 @@ class Settings:
     input columns that share a scale in W8A16, 0 for all. act_method: 1 the whole range of an activation, 2 the range of least
     error over its histogram, 3 that one where it is better by a tenth. disable_names: of linear layers, or patterns, that stay in
     float; disable_level: how many more. fraction, sigma_factor (None: off), search, protect: see `lowbit.low_bit`.
-    symmetric: of W8A16 weights. down_proj: whether they are quantized; lm_head: likewise."""
+    symmetric: of W8A16 weights. down_proj: whether they are quantized; lm_head: likewise, see head_kind."""
 
     kind: str
     kv: str | None = None
@@ -82,6 +82,11 @@ class Settings:
     symmetric: bool = True
     down_proj: bool = True
     lm_head: bool = False
+
+    @property
+    def head_kind(self) -> str:
+        """The type of lm_head: W8A16, for its outputs are compared with one another; W8A8S beside W8A8S, to be compressed too."""
+        return FLOAT if not self.lm_head else "W8A8S" if self.kind == "W8A8S" else "W8A16"
 
     @property
     def calibrated(self) -> bool:
@@ -132,8 +137,8 @@ def settings(flags: Mapping[str, Any]) -> Settings:
         raise ValueError(f"--sigma_factor {flags['sigma_factor']} must be a number above 0")
     if not flags["w_sym"] and kind != "W8A16":
         raise ValueError(f"--w_sym False is for W8A16; {kind} weights are symmetric, leave it out")
-    if flags["quantize_lm_head"] and kind != "W8A16":
-        raise ValueError("--quantize_lm_head is for W8A16 (--w_bit 8 --a_bit 16); leave it out")
+    if flags["quantize_lm_head"] and kind == FLOAT:
+        raise ValueError("--quantize_lm_head needs layers to quantize, and --w_bit 16 leaves none; leave it out")
     down = flags["down_proj"]
     return Settings(
         kind=kind,

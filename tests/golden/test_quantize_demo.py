@@ -194,12 +194,15 @@ def test_smoothing_keeps_the_function_in_float(method: str, tmp_path: Path) -> N
     assert torch.equal(read[key], floats[key]), "what stays in float keeps its weights"
 
 
-def test_a_tied_head_of_its_own(tmp_path: Path) -> None:
-    quantized(DEMO / "dense", tmp_path / "made", a_bit=16, quantize_lm_head=True)
+@pytest.mark.parametrize(
+    ("flags", "kind"), [({"a_bit": 16}, "W8A16"), ({"is_dynamic": True}, "W8A16"), ({"w_bit": 4, "fraction": 0.011}, "W8A8S")]
+)
+def test_a_tied_head_of_its_own(flags: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    quantized(DEMO / "dense", tmp_path / "made", quantize_lm_head=True, **flags)
     config = ModelConfig.load(tmp_path / "made")
     assert not config.tie_word_embeddings
     assert config.quantization is not None
-    assert config.quantization.type_of("lm_head.weight") == "W8A16"
+    assert config.quantization.type_of("lm_head.weight") == kind
     assert replace(config, quantization=None, tie_word_embeddings=True, eos_token_ids=()) == replace(
         ModelConfig.load(DEMO / "dense"), eos_token_ids=()
     )

@@ -162,7 +162,6 @@ def test_explicit_flags_win_over_a_preset() -> None:
         ("--is_dynamic --a_bit 16", "--is_dynamic is for"),
         ("--disable_level L9", "choose L0 to L5"),
         ("--fraction 2", "--fraction 2.0 must be a share"),
-        ("--quantize_lm_head", "--quantize_lm_head is for W8A16"),
         ("--preset qwen_w9", "--preset 'qwen_w9' is unknown"),
         ("--disable_names model.layers.9.mlp.down", "no such linear layer"),
         ("--a_bit 16 --calib_texts hello", "needs no calibration"),
