@@ -4,10 +4,15 @@ Each extension is optional: where it cannot be compiled the installation goes on
 asked for. No instruction set is named here: the code chooses at run time.
 """
 
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 COMPILE = [
     "-std=c++17",
@@ -37,11 +42,30 @@ def native(name: str, folder: str) -> Extension:
     )
 
 
+class BuildExt(build_ext):
+    """Compiles the files of an extension side by side: they are all that takes time."""
+
+    def build_extension(self, ext: Extension) -> None:
+        one = self.compiler.compile
+
+        def every(sources: list[str], **how: Any) -> list[str]:
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                compile_one = partial(one, **how)
+                return [obj for objs in pool.map(lambda source: compile_one([source]), sources) for obj in objs]
+
+        self.compiler.compile = every
+        try:
+            super().build_extension(ext)
+        finally:
+            self.compiler.compile = one
+
+
 setup(
+    cmdclass={"build_ext": BuildExt},
     ext_modules=[
         native("collectives._native", "collectives/native"),
         native("qtp.kernels._native", "qtp/kernels/native"),
     ]
     if sys.platform == "linux"
-    else []
+    else [],
 )

@@ -5,10 +5,12 @@
     --verify                   proves B from what lies in it, and that it equals A; without --tp nothing is written, and without
                                --save_directory A itself is verified
 
-A may be a Hugging Face folder (safetensors or .bin), parts, or a folder with MindFormers' names.
+A may be a Hugging Face folder (safetensors or .bin), parts, or a folder with MindFormers' names. Parts of W8A8SC are compressed
+again for their new ranks; put together (--format hf) they are W8A8S.
 """
 
 import argparse
+import os
 import re
 import sys
 import threading
@@ -16,8 +18,6 @@ from collections.abc import Callable
 from math import inf
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from qtp.cli import Parser, run
 from qtp.config import DTYPES, ModelConfig
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="what floats become; default: as they are stored")
     p.add_argument("--max_shard_size", type=size, default=5 * 10**9, metavar="BYTES", help="of a file of --format hf: 5GB")
     p.add_argument("--max_memory", type=float, default=1.0, metavar="GIB", help="of the process in all (default: %(default)s)")
-    p.add_argument("--workers", type=int, default=4, metavar="N", help="threads that read and write (default: %(default)s)")
+    p.add_argument("--workers", type=int, default=min(4, len(os.sched_getaffinity(0))), metavar="N", help="threads (%(default)s)")
     p.add_argument("--verify", action="store_true", help="check boxes, checksums and equality")
     return p
 
@@ -79,6 +79,9 @@ def command(argv: list[str] | None) -> int:
             memory=memory,
             workers=args.workers,
         )
+        quantization = ModelConfig.load(source).quantization
+        if args.format == "parts" and quantization is not None and quantization.word == "w8a8sc":
+            return again(request)
         with Bars() as bar:
             outcome = reshard(request, bar)
         if outcome.kept:
@@ -100,17 +103,29 @@ def command(argv: list[str] | None) -> int:
     return 0
 
 
+def again(request: Request) -> int:
+    """W8A8SC, which can be cut only where it is not compressed."""
+    from qtp.reshard.compress import recompressed  # needs torch, which most reshards do without
+
+    with Bars() as bar:
+        before, after = recompressed(request, bar)
+    print(f"{request.target}: {request.grid.size} parts; {before} bytes became {after}")
+    return 0
+
+
 class Bars:
     """Progress bars on a terminal's stderr, one after the other. Threads may share them."""
 
     def __enter__(self) -> Callable[[int, str], Callable[[int], None]]:
-        self._open: list[tqdm[Any]] = []
+        self._open: list[Any] = []
         self._lock = threading.Lock()
-        return self._next
+        return self._next if sys.stderr.isatty() else lambda total, what: lambda count: None
 
     def _next(self, total: int, what: str) -> Callable[[int], None]:
-        self._open.append(tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None, leave=False))
-        bar = self._open[-1]
+        from tqdm import tqdm  # 70 ms that are not needed where nobody looks
+
+        bar = tqdm(total=total, unit="B", unit_scale=True, desc=what, leave=False)
+        self._open.append(bar)
 
         def told(count: int) -> None:
             with self._lock:

@@ -1,11 +1,11 @@
 """From W8A8S to W8A8SC: the parts of the ranks, each weight compressed after it was cut (docs/w8a8sc.md)."""
 
-import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
@@ -14,7 +14,10 @@ from torch import Tensor
 
 from qtp.config import ModelConfig
 from qtp.layout.split import Box, Grid, elements
+from qtp.reshard.cut import undeclared
 from qtp.reshard.folder import beside, check_apart, put
+from qtp.reshard.reshard import Request, reshard
+from qtp.reshard.words import turned
 from qtp.weights import codec
 from qtp.weights.checkpoint import Checkpoint, open_checkpoint
 from qtp.weights.manifest import MANIFEST, Held, HeldFile, Manifest, grid_words
@@ -42,13 +45,24 @@ def check_target(model: ModelConfig, source: Path, target: Path, grid: Grid) -> 
         raise ValueError(f"--model_path {source}: is {word}, and only w8a8s can be compressed; see python -m qtp.quantize")
     model.check_world(grid.size)
     check_apart(source, target)
-    if target.exists() and (not target.is_dir() or any(p.name not in _leftovers(grid) for p in target.iterdir())):
+    if not target.exists():
+        return
+    left = {f"part{rank}-of-{grid.size}" for rank in range(grid.size)} | {"config.json", *beside(source)}  # by an unfinished run
+    if not target.is_dir() or any(p.name not in left and not p.name.startswith("quant_model_desc") for p in target.iterdir()):
         raise ValueError(f"--save_directory {target}: holds something already; choose a new or an empty folder")
 
 
-def _leftovers(grid: Grid) -> set[str]:
-    """What a run that did not come to its end left: it is written over."""
-    return {f"part{rank}-of-{grid.size}" for rank in range(grid.size)}
+def recompressed(request: Request, bar: Bar) -> tuple[int, int]:
+    """W8A8SC for other ranks: expanded and cut in a folder beside the target, which is removed at the end, then compressed again.
+    Returns as `finish`."""
+    target, between = request.target, request.target.with_name(f"{request.target.name}.w8a8s")
+    check_target(ModelConfig.load(request.source), request.source, target, request.grid)
+    reshard(replace(request, target=between), bar)
+    model = ModelConfig.load(between)
+    files = [compress_part(model, between, target, request.grid, rank, request.workers, bar) for rank in range(request.grid.size)]
+    sizes = finish(model, between, target, request.grid, files)
+    shutil.rmtree(between)
+    return sizes
 
 
 def compress_part(model: ModelConfig, source: Path, target: Path, grid: Grid, rank: int, threads: int, bar: Bar) -> HeldFile:
@@ -63,6 +77,8 @@ def compress_part(model: ModelConfig, source: Path, target: Path, grid: Grid, ra
             if elements(box := part.split.box(part.shape, rank, grid))
             for _ in [store.check(part.name, part.shape)]
         }
+        for name in undeclared(store, declare(model)) if rank == 0 else ():
+            boxes[name] = store.entries[name].shape, tuple(range(n) for n in store.entries[name].shape)
         progress = bar(sum(_bytes(store, name, box) for name, (_, box) in boxes.items()), f"part {rank}")
 
         def work(name: str) -> tuple[dict[str, Tensor], Held]:
@@ -106,19 +122,10 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 def finish(model: ModelConfig, source: Path, target: Path, grid: Grid, files: Sequence[HeldFile]) -> tuple[int, int]:
     """Writes what is beside the weights, the manifest last. Returns the bytes of the parts' tensors before and now."""
     assert model.quantization is not None
-    description = Path(model.quantization.source)
-    for name in beside(source):
-        if name != description.name:
-            put(target / name, (source / name).read_bytes())
-    types: dict[str, Any] = json.loads(description.read_text(encoding="utf-8"))
-    for name, kind in list(types.items()):
-        if kind == "W8A8S":
-            types[name] = "W8A8SC"
-            if name.endswith(".weight"):
-                types |= {f"{name.removesuffix('.weight')}.{word}": "W8A8SC" for word in ("index", "info")}
-    put(target / description.name.replace("w8a8s.", "w8a8sc."), (json.dumps(types, indent=2) + "\n").encode())
-    config = json.loads((source / "config.json").read_text(encoding="utf-8")) | {"quantize": "w8a8sc"}
-    put(target / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    words = turned(source, Path(model.quantization.source))
+    kept = {name: (source / name).read_bytes() for name in beside(source) if not name.startswith("quant_model_description")}
+    for name, content in {**kept, **words}.items():  # config.json after all others
+        put(target / name, content)
     sparse = model.moe is not None
     request = {"compressed": str(source.name), "grid": grid_words(grid, sparse=sparse)}
     manifest = Manifest(layout="parts", names="hf", grid=grid_words(grid, sparse=sparse), request=request, files=tuple(files))

@@ -11,11 +11,13 @@ from typing import Any
 
 from qtp.config import ModelConfig
 from qtp.layout.split import Grid
+from qtp.quantization import Quantization
 from qtp.reshard import folder, verify
 from qtp.reshard.bins import has_bins, open_bins
 from qtp.reshard.cut import DIGEST_WIDTH, FLOATS, Job, Output, in_files, in_parts, targets, undeclared
 from qtp.reshard.journal import Journal, differing
 from qtp.reshard.transfer import Convert, Transfer, as_it_is, write_fully
+from qtp.reshard.words import turned
 from qtp.weights.checkpoint import Checkpoint, open_checkpoint
 from qtp.weights.manifest import JOURNAL, MANIFEST, Held, HeldFile, Manifest, grid_words
 from qtp.weights.mindformers import is_mindformers, unstacked
@@ -27,7 +29,7 @@ WORDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 GIB = 1 << 30
 _OWN = 160 << 20  # bytes of the process before it reads anything
 _TORCH = 256 << 20  # and of torch, which converts and reads .bin files
-_LONGEST = 4 << 20  # bytes of a read
+_LONGEST = 2 << 20  # bytes of a read; 1 and 4 MiB take as long, half a MiB a little more
 
 Progress = Callable[[int], None]
 Bar = Callable[[int, str], Progress]  # (bytes in all, what is done) -> what is told of them
@@ -46,7 +48,7 @@ class Request:
     dtype: str | None = None
     most: int = 5 * 10**9
     memory: int = GIB
-    workers: int = 4
+    workers: int = 2
 
     def words(self, source: Checkpoint, *, sparse: bool) -> dict[str, Any]:
         """What makes two requests the same one, beside the folder."""
@@ -118,7 +120,7 @@ def reshard(request: Request, bar: Bar) -> Outcome:
             outputs, jobs = in_parts(found, request.grid.size, _stem(source))
         else:
             outputs, jobs, places = in_files(found, request.most, _stem(source))
-        small = _small_files(request, outputs, places)
+        small = _small_files(request, model.quantization, outputs, places)
         folder.check_apart(request.source, request.target)
         words = request.words(source, sparse=model.moe is not None)
         total = sum(job.bytes for job in jobs)
@@ -178,7 +180,7 @@ def _stem(source: Checkpoint) -> str:
     """How weight files are called: as those of the source if it is quantized, else model."""
     for file in source.files:
         if file.name.startswith("quant_model_weight_"):
-            return file.name.removesuffix(".safetensors").partition("-")[0]
+            return file.name.removesuffix(".safetensors").partition("-")[0].replace("w8a8sc", "w8a8s")
     return "model"
 
 
@@ -188,7 +190,9 @@ def _state(files: Sequence[Path]) -> str:
     return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
-def _small_files(request: Request, outputs: Sequence[Output], places: dict[str, str]) -> dict[str, bytes]:
+def _small_files(
+    request: Request, quantization: Quantization | None, outputs: Sequence[Output], places: dict[str, str]
+) -> dict[str, bytes]:
     """What is written beside the weights, in that order; config.json comes last."""
     small = {name: (request.source / name).read_bytes() for name in folder.beside(request.source)}
     if len(outputs) > 1 and places:
@@ -197,6 +201,10 @@ def _small_files(request: Request, outputs: Sequence[Output], places: dict[str, 
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         small[f"{stem}.safetensors.index.json"] = (json.dumps(index, indent=2) + "\n").encode()
     content = (request.source / "config.json").read_bytes()
+    if quantization is not None and quantization.word == "w8a8sc":  # weights are expanded as they are read
+        small.pop(Path(quantization.source).name)
+        small |= turned(request.source, Path(quantization.source))
+        content = small.pop("config.json")
     if request.dtype is not None:
         config = json.loads(content)
         config.update({key: request.dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": request.dtype})

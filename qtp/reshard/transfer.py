@@ -17,7 +17,6 @@ from qtp.weights.store import ITEM_SIZE
 Convert = Callable[[memoryview, str, str], memoryview]
 
 _WRITE = 1 << 18  # bytes of a write: with 1 MiB the page cache took up to twice the system time, with 64 KiB a third more
-_VERIFIED = 4 << 20  # bytes of a read of what is there already
 _FLUSH = 0.3  # seconds between two flushes
 
 
@@ -113,10 +112,10 @@ class Transfer:
 
     def _sum(self, file: int, offset: int, size: int) -> str:
         x = xxhash.xxh3_128()
-        for first in range(offset, offset + size, _VERIFIED):
+        for first in range(offset, offset + size, self._chunk):
             if self._stop.is_set():
                 raise InterruptedError("another job failed")
-            count = min(_VERIFIED, offset + size - first)
+            count = min(self._chunk, offset + size - first)
             raw = self._buffer("read", count)
             if os.preadv(self._files[file], [raw], first) != count:
                 return ""

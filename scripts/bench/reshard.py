@@ -3,7 +3,8 @@
 Interleaved: each round copies the weight files with cp, then cuts them with qtp.reshard as a process of its own, each into a new
 folder that is removed afterwards. Before each, all that was written before is on the disk (sync), and the source is in the page
 cache or, with --cold, out of it (POSIX_FADV_DONTNEED). cp returns while its bytes are still in the page cache, which qtp.reshard
-does not, so the time until a sync after cp is told too. Prints a JSON line a round, then the medians; peak_mb is the resident
+does not, so the time until a sync after cp is told too. Where others use the processor, look at the seconds that each had of it
+(cpu). Prints a JSON line a round, then the medians; peak_mb is the resident
 peak of the process.
 """
 
@@ -20,15 +21,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def timed(argv: list[str]) -> tuple[float, float]:
-    """(seconds, resident peak in MB) of a process that must succeed."""
+def timed(argv: list[str]) -> tuple[float, float, float]:
+    """(seconds, seconds of the processor, resident peak in MB) of a process that must succeed."""
     start = time.perf_counter()
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{argv} ended with {process.returncode}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
 def ready(files: list[Path], cold: bool) -> None:
@@ -57,13 +58,13 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         ready(files, args.cold)
         start = time.perf_counter()
-        cp, _ = timed(["cp", *map(str, files), str(args.out)])
+        cp, cp_cpu, _ = timed(["cp", *map(str, files), str(args.out)])
         os.sync()
-        row = {"cp_s": cp, "cp_and_sync_s": time.perf_counter() - start}
+        row = {"cp_s": cp, "cp_cpu_s": cp_cpu, "cp_and_sync_s": time.perf_counter() - start}
         shutil.rmtree(args.out)
         ready(files, args.cold)
         words = ["--model", str(args.model), "--save_directory", str(args.out), "--tp", str(args.tp), *args.flags]
-        row["reshard_s"], row["peak_mb"] = timed([sys.executable, "-m", "qtp.reshard", *words])
+        row["reshard_s"], row["reshard_cpu_s"], row["peak_mb"] = timed([sys.executable, "-m", "qtp.reshard", *words])
         shutil.rmtree(args.out)
         row["ratio"] = row["reshard_s"] / row["cp_s"]
         rounds.append(row)

@@ -26,7 +26,16 @@ def test_the_documented_arithmetic(family: str, name: str, tmp_path: Path) -> No
 def test_what_two_ranks_compressed(family: str, tmp_path: Path) -> None:
     folder, ids, logits = make(family, "w8a8s", tmp_path)
     small, split = tmp_path / "w8a8sc", tmp_path / "w8a8s"
-    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "qtp.sparse_compressor", "--model_path", str(folder)]
+    command = [
+        str(Path(sys.executable).with_name("torchrun")),
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "qtp.sparse_compressor",
+        "--model_path",
+        str(folder),
+    ]
     command += ["--save_directory", str(small), "--save_split_w8a8s_dir", str(split), "--multiprocess_num", "2"]
     done = subprocess.run(
         [str(Path(sys.executable).with_name(command[0])), *command[1:]], capture_output=True, text=True, check=False

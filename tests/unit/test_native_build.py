@@ -33,7 +33,7 @@ def build(folder: Path, **environ: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=200,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stdout
@@ -74,6 +74,7 @@ def test_without_a_compiler_the_build_succeeds_and_what_needs_it_says_why_not(co
     assert ask(copy, "from qtp.kernels import extension; print(extension.why_not())") == reason
 
 
+@pytest.mark.timeout(600)
 def test_with_a_compiler_it_is_built_without_a_warning(copy: Path) -> None:
     printed = build(copy)
     assert ": warning:" not in printed, printed

@@ -57,7 +57,8 @@ class Case:
         apart = torch.full((rows + 2, columns + 37), -128, dtype=torch.int8)
         w = apart[1:-1, 5 : 5 + columns]
         values = torch.randint(-128, 128, (rows, columns), generator=self.generator, dtype=torch.int8)
-        return w.copy_(values if self.random.random() < 0.8 else torch.full_like(values, self.random.choice([-128, 127])))
+        w.copy_(values if self.random.random() < 0.8 else torch.full_like(values, self.random.choice([-128, 127])))
+        return w if self.random.random() < 0.7 else w.contiguous()
 
     def positive(self, *shape: int) -> Tensor:
         return 0.01 * (0.1 + torch.rand(shape, generator=self.generator))

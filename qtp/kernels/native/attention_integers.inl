@@ -47,11 +47,16 @@ QTP_INLINE void turn_words_over(I* x) {
     x[i + 4] = (I)_mm256_permute2x128_si256(y[i], y[i + 4], 0x31);
   }
 #else
-  Floats<F32>::turn_over(reinterpret_cast<F*>(x));
+  F y[kLanes];
+#pragma GCC unroll 16
+  for (size_t i = 0; i < kLanes; ++i) y[i] = (F)x[i];
+  Floats<F32>::turn_over(y);
+#pragma GCC unroll 16
+  for (size_t i = 0; i < kLanes; ++i) x[i] = (I)y[i];
 #endif
 }
 
-// The elements of two keys, `n` of them or more, as words of kLanes columns: 16 columns.
+// 16 elements of two keys, or own_x and own_y of them and zeros, as words.
 QTP_INLINE void pair_up(const int8_t* x, size_t own_x, const int8_t* y, size_t own_y, uint32_t* to) {
 #if QTP_AVX2
   const __m128i a = bytes<__m128i>(x, own_x), b = bytes<__m128i>(y, own_y);
@@ -112,7 +117,7 @@ struct Integers {
     const float unit_of_score = kLog2E / __builtin_sqrtf(float(own)) / levels;
     Place place(unit, 0);
     for (size_t r = 0; r < unit.rows; ++r, place.next()) {
-      F large = {}, finite = {};  // the latter is not a number if one element is not
+      F large = {}, finite = {};  // the latter 0, or not a number: then powers and their sum are 0 and 0 / 0 comes out
       for (size_t i = 0; i < own; i += kLanes) {
         const F x = scaled_query<E>(call, unit, place, i);
         write(scores + i, x);
@@ -165,7 +170,7 @@ struct Integers {
   void prepare(size_t partition) {
     begin = partition * kPartition;
     const size_t count = smaller_of(last_position(unit) + 1 - begin, kPartition), room = round_up(count, kPair);
-    const size_t some = ahead.share / (kPartition / kLanes);
+    const size_t some = ahead.share / (2 * kPartition / kLanes);
     find(call.attention, unit, begin, count, offsets);
     const int8_t *k = static_cast<const int8_t*>(call.keys), *v = static_cast<const int8_t*>(call.values);
     for (size_t first = 0; first < room; first += kLanes) {
@@ -174,7 +179,8 @@ struct Integers {
       for (; i + 4 * kLanes <= own && first + kLanes <= count; i += 4 * kLanes) prepare_keys<true>(k, first, count, i);
       for (; i < own; i += 4 * kLanes) prepare_keys<false>(k, first, count, i);
     }
-    for (size_t first = 0; first < room; first += kPair)
+    for (size_t first = 0; first < room; first += kPair) {
+      ahead.go(some);
       for (size_t j = first; j < first + kLanes; ++j) {
         const int8_t *x = v + offsets[smaller_of(j, count - 1)], *y = v + offsets[smaller_of(j + kLanes, count - 1)];
         uint32_t* to = values + (first / 2 + j - first) * width;
@@ -182,6 +188,7 @@ struct Integers {
         for (; i + 16 <= own && j + kLanes < count; i += 16) pair_up(x + i, 16, y + i, 16, to + i);
         for (; i < width; i += 16) pair_up(x + i, j < count ? own - i : 0, y + i, j + kLanes < count ? own - i : 0, to + i);
       }
+    }
   }
 
   // Which of the keys i, i + 1, ... a row does not see.
@@ -243,6 +250,7 @@ struct Integers {
     const size_t sure = smaller_of(round_up(sight.sure(), kPair), room);
     const size_t seen = smaller_of(sight.unsure() / kPair * kPair, room), unsure = seen > sure ? seen : sure;
     for (size_t r = 0; r < rows; ++r) {
+      ahead.go(ahead.share / 4 / rows + 1);  // few at a time, all along: 10 % faster than all while keys are prepared
       I large = I{} + INT32_MIN;
       large = most_of<false>(sight, r, 0, sure, large);
       large = most_of<true>(sight, r, sure, unsure, large);
@@ -257,7 +265,7 @@ struct Integers {
       int32_t whole = 0;
       for (size_t i = 0; i < kLanes; ++i) whole += sums[i];
       most[r] = float(top) * scale;
-      total[r] = sight.none(r) ? 0.0f : float(whole) + (scale - scale);  // not a number if the query is not
+      total[r] = sight.none(r) ? 0.0f : float(whole);
     }
     products<Integers>(powers, kPartition / 2, {values, width, kLanes}, room / 2, out, width, rows, width / kLanes);
     for (size_t i = 0; i < rows * width; i += kLanes) write(out + i, __builtin_convertvector(read<I>(out + i), F));

@@ -1,0 +1,110 @@
+"""Quantized checkpoints of every type from any cut to any other and back, bit for bit; W8A8SC too, whose parts are compressed."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from models_helper import run_workers
+from quantized_helper import compressed, error, float_checkpoint, make, quantized_checkpoint
+from safetensors.torch import load_file
+
+from qtp.reshard.__main__ import main
+from tests.reshard_helper import same
+
+IDS = [3, 1, 4, 1, 5, 9, 2, 6]
+KINDS = {
+    "w8a8": ("W8A8", {"old": True}),
+    "w8a8s": ("W8A8S", {}),
+    "dynamic": ("W8A8_DYNAMIC", {}),
+    "w8a16": ("W8A16", {}),
+    "w8a16-64": ("W8A16", {"group_size": 64}),
+    "kv": ("FLOAT", {"kv": "C8"}),
+    "fa3-anti": ("W8A8", {"kv": "FAQuant", "anti": True}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def moved(source: Path, target: Path, *words: str) -> Path:
+    assert main(["--model", str(source), "--save_directory", str(target), *words]) == 0
+    return target
+
+
+def check_whole(folder: Path, source: Path) -> None:
+    (found,), (expected,) = (list(f.glob("*.safetensors")) for f in (folder, source))
+    assert found.name == expected.name
+    assert same(load_file(found), load_file(expected))
+    for file in source.glob("*.json"):
+        assert json.loads((folder / file.name).read_text()) == json.loads(file.read_text()), file.name
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe"])
+@pytest.mark.parametrize("name", KINDS)
+def test_every_cut_to_every_other_and_back(name: str, family: str, tmp_path: Path) -> None:
+    kind, how = KINDS[name]
+    source = tmp_path / "whole"
+    sizes = {"num_hidden_layers": 1, "intermediate_size": 150}
+    quantized_checkpoint(float_checkpoint(tmp_path / "float", family, 7, **sizes), source, kind, seed=1, ids=IDS, **how)
+    worlds = range(1, 9) if name in ("w8a16-64", "fa3-anti") else (1, 2, 3, 5, 8)
+    for n in worlds:
+        parts = moved(source, tmp_path / f"{n}", "--tp", str(n))
+        for m in worlds:
+            again = moved(parts, tmp_path / f"{n}-{m}", "--tp", str(m))
+            check_whole(moved(again, tmp_path / f"{n}-{m}-whole", "--format", "hf"), source)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe"])
+def test_so_do_compressed_parts(family: str, tmp_path: Path) -> None:
+    source, ids, logits = make(family, "w8a8s", tmp_path)
+    three = compressed(source, tmp_path / "3", 3)
+    two = moved(three, tmp_path / "2", "--tp", "2")
+    assert not (tmp_path / "2.w8a8s").exists()
+    assert error(run_workers(two, 2, ids), logits) < 1e-4
+    check_whole(moved(two, tmp_path / "back", "--format", "hf", "--verify"), source)
+    one = moved(compressed(source, tmp_path / "8", 8), tmp_path / "1", "--tp", "1")
+    check_whole(moved(one, tmp_path / "again", "--format", "hf"), source)
+
+
+def test_a_stream_that_is_damaged_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source, ids, _ = make("qwen2", "w8a8s", tmp_path)
+    folder = compressed(source, tmp_path / "1", 1)
+    file = folder / "part0-of-1" / "quant_model_weight_w8a8sc.safetensors"
+    raw = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(raw[:8], "little")
+    name = "model.layers.0.mlp.down_proj.weight"
+    first, stop = json.loads(raw[8:start])[name]["data_offsets"]
+    raw[start + (first + stop) // 2] ^= 16
+    file.write_bytes(raw)
+    with pytest.raises(ValueError, match=rf"{name}: W8A8SC.*compress the checkpoint again") as caught:
+        run_workers(folder, 1, ids)
+    assert "\n" not in str(caught.value)
+    assert main(["--model", str(folder), "--verify"]) == 2
+    assert name in capfd.readouterr().err
+
+
+def test_only_w8a8s_is_compressed(tmp_path: Path) -> None:
+    source = float_checkpoint(tmp_path / "float", "qwen2", 7)
+    with pytest.raises(ValueError, match=r"is a float checkpoint, and only w8a8s can be compressed"):
+        compressed(source, tmp_path / "out", 2)
+    quantized_checkpoint(source, tmp_path / "w8a8", "W8A8", seed=1, ids=IDS)
+    with pytest.raises(ValueError, match=r"is w8a8, and only w8a8s can be compressed"):
+        compressed(tmp_path / "w8a8", tmp_path / "out", 2)
+
+
+def test_nothing_is_written_over(tmp_path: Path) -> None:
+    source, _, _ = make("qwen2", "w8a8s", tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    torch.set_num_threads(1)
+    from qtp.sparse_compressor import command
+
+    for target, words in ((out, "holds something already"), (source, "is the input itself"), (source / "in", "lies inside")):
+        with pytest.raises(ValueError, match=words):
+            command(["--model_path", str(source), "--save_directory", str(target), "--tp", "2"])
+    assert [p.name for p in out.iterdir()] == ["thesis.txt"]
