@@ -30,7 +30,7 @@ CODEC_TESTS = ("tests/unit/test_codec.py",)
 QUANTIZED = ("tests/loopback/test_quantized.py",)
 LAYOUT = ("tests/unit/test_layout.py",)
 SHM = ("tests/conformance/test_shm.py",)
-QUANTIZING = ("tests/golden/test_quantize_demo.py",)
+QUANTIZING = "tests/golden/test_quantize_demo.py::test_{}"
 PROCESSES = "tests/conformance/test_processes.py::test_backend[{}]"
 NATIVE, KERNELS, HIERARCHICAL, CHANNEL = (
     "collectives/native/",
@@ -320,16 +320,19 @@ MUTANTS = (
            "if found and found[-1][1:] == (scale, offset):", "if found:", QUANTIZED),
     mutant("bits of a scale taken for a number", LOADER, ".to(torch.int32).view(torch.float32)", ".to(torch.float32)", QUANTIZED),
     mutant("quantizing: one scale for all experts", "qtp/quantize/make.py", "after = change.input(seen[linear.own])",
-           "after = change.input(seen[linear.own.replace(f'.experts.{linear.expert}.', '.experts.0.')])", QUANTIZING),
+           "after = change.input(seen[linear.own.replace(f'.experts.{linear.expert}.', '.experts.0.')])",
+           (QUANTIZING.format("experts_have_scales_of_their_own"),)),
     mutant("quantizing: the sign of an offset", "qtp/quantize/arithmetic.py", "((-low / scale).round() - 128)", "((low / scale).round() - 128)",
            ("tests/unit/test_quantize.py",)),
     mutant("quantizing: the range of the first sample only", "qtp/quantize/observe.py",
-           "low=ranges[:, 0].amin(0),\n            high=ranges[:, 1].amax(0),", "low=ranges[0, 0],\n            high=ranges[0, 1],", QUANTIZING),
+           "low=ranges[:, 0].amin(0),\n            high=ranges[:, 1].amax(0),", "low=ranges[0, 0],\n            high=ranges[0, 1],",
+           (QUANTIZING.format("ranges_are_those_of_all_samples"),)),
     mutant("quantizing: keys calibrated at short positions only", "qtp/quantize/observe.py", "end = begin + turns", "end = begin + 0 * turns",
            ("tests/unit/test_quantize.py",)),
     mutant("quantizing: more outliers than their share", "qtp/quantize/lowbit.py", "[:budget]]", "[: 2 * budget]]", ("tests/unit/test_quantize.py",)),
     mutant("quantizing: a norm is multiplied by what it should be divided by", "qtp/quantize/smooth.py",
-           "rounded = norms[name].float()", "rounded = norms[name].float() * s * s", QUANTIZING),
+           "rounded = norms[name].float()", "rounded = norms[name].float() * s * s",
+           (QUANTIZING.format("smoothing_keeps_the_function_in_float"),)),
 )  # fmt: skip
 
 
