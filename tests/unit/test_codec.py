@@ -264,13 +264,6 @@ def test_the_example_of_the_document() -> None:
     assert info[4] == zlib.crc32(b"".join(part.numpy().tobytes() for part in (info[:4], index, data)))
 
 
-def test_fuzz() -> None:
-    """A small share of what scripts/fuzz_codec.py does."""
-    found: list[str] = []
-    fuzz_codec.fuzz(1500, 7, found)
-    assert not found
-
-
 def test_native_code_refuses_what_leads_out_of_the_stream() -> None:
     """Without `check` before."""
     for name, change, _ in REFUSED_SEALED:
@@ -281,3 +274,10 @@ def test_native_code_refuses_what_leads_out_of_the_stream() -> None:
             continue  # what does not lead anywhere
         with pytest.raises(ValueError, match="W8A8SC: "):
             native.SparseLinear(n, k, *place)
+
+
+def test_fuzz() -> None:
+    """A small share of what scripts/fuzz_codec.py does."""
+    found: list[str] = []
+    fuzz_codec.fuzz(1500, 7, found)
+    assert not found

@@ -152,7 +152,7 @@ QTP_INLINE void tile(const uint8_t* const* rows, const int8_t* x, size_t pitch, 
 
 typedef int8_t Eight8 __attribute__((vector_size(8)));
 typedef int16_t Eight16 __attribute__((vector_size(16)));
-typedef int32_t Eight32 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t Eight32 __attribute__((vector_size(32)));
 
 // A column's part of the sum of an outlier: of one token, or of kTurned. A product is within +-120 * 128, which int16 holds.
 QTP_INLINE int32_t product(int8_t difference, const int8_t* x, int32_t) { return int32_t(difference) * *x; }
@@ -277,12 +277,11 @@ QTP_INLINE void block_rows(const Sparse& sparse, size_t block, const Tokens& tok
       const int8_t* x = tokens.turned + first * sparse.k;
       outliers<Item, Eight32>(codes + code_bytes, rows, x, kTurned, reinterpret_cast<Eight32*>(running), added);
     }
-    const int32_t* each = reinterpret_cast<const int32_t*>(added);
     for (size_t t = 0; t < count; ++t) {
       const int32_t less = (wide ? 128 : 8) * tokens.total[first + t];
       const int32_t* from = got + (first + t) * kSparseBlock;
       int32_t* to = out + (first + t) * out_stride;
-      for (size_t r = 0; r < rows; ++r) to[r] = from[r] - less + each[r * kTurned + t];
+      for (size_t r = 0; r < rows; ++r) to[r] = from[r] - less + added[r][t];
     }
   }
 }
@@ -298,9 +297,9 @@ void run(const Sparse& sparse, const int8_t* x, size_t tokens, size_t x_stride, 
   const size_t lanes = most > 1 ? kTurned : 1, room = (most + lanes - 1) / lanes * lanes;
   const size_t running = (kSparseBlock * sparse.code_row() / 3 + 1) * lanes;
   const size_t numbers = room * (2 * kSparseBlock + 1) + running;
-  int32_t* got = static_cast<int32_t*>(scratch(numbers * sizeof(int32_t) + most * pitch + room * k + 64));
-  int32_t *more = got + room * kSparseBlock, *total = more + room * kSparseBlock, *sums = total + room;
-  int8_t *laid = reinterpret_cast<int8_t*>(sums + running), *turned = laid + most * pitch;
+  int32_t* sums = static_cast<int32_t*>(scratch(numbers * sizeof(int32_t) + most * pitch + room * k + 64));  // first: of aligned vectors
+  int32_t *got = sums + running, *more = got + room * kSparseBlock, *total = more + room * kSparseBlock;
+  int8_t *laid = reinterpret_cast<int8_t*>(total + room), *turned = laid + most * pitch;
   for (size_t first = 0; first < tokens; first += most) {
     const size_t count = tokens - first < most ? tokens - first : most;
     const int8_t* here = x + first * x_stride;
