@@ -19,10 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from qtp.kernels.extension import native
+from qtp.kernels.native_quantized import Handle
 from qtp.weights.codec import VERSION, check, compress, decompress, sealed
+from qtp.weights.quantized import W8A8SC
 
 Stream = tuple[Tensor, Tensor, Tensor]
+INTEGER = 2  # what comes out of a Handle
 SHARES = (0.0, 0.005, 0.011, 0.05, 0.14, 0.2, 1.0)
 NUMBERS = (0, 1, 2, 15, 16, 63, 64, 65, 127, 128, 255, 2**16 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, -1, -64, -(2**63))
 
@@ -153,13 +155,14 @@ def mutated(rng: random.Random, stream: Stream) -> tuple[str, Stream]:
 def product(stream: Stream, weight: Tensor) -> bool | None:
     """Whether the native product is right; None: it was refused."""
     data, index, _ = stream
-    x = torch.randint(-128, 128, (3, weight.shape[1]), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
-    out = torch.full((3, weight.shape[0]), 12345, dtype=torch.int32)
+    n, k = weight.shape
+    x = torch.randint(-128, 128, (3, k), generator=torch.Generator().manual_seed(1)).float()
+    out = torch.full((3, n), 12345, dtype=torch.int32)
     try:
-        handle = native.SparseLinear(*weight.shape, data.data_ptr(), data.numel(), index.data_ptr(), index.numel())
+        handle = Handle(W8A8SC(data, index, torch.tensor([0, n, k]), 1.0, 0.0, torch.zeros(n, dtype=torch.int32), torch.ones(n)))
     except ValueError:
         return None
-    handle.run(x.data_ptr(), 3, weight.shape[1], out.data_ptr(), weight.shape[0])
+    handle.run(x, out, INTEGER)
     return torch.equal(out, (x.long() @ weight.long().T).int())
 
 

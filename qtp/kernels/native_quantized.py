@@ -1,6 +1,6 @@
 """Native kernels of quantized weights; they give what `torch_quantized` gives, sums of integers bit for bit.
 
-int8 weights are read where they lie. W8A16 adds up in float32 in an order that depends on the weight alone.
+int8 weights are read where they lie, compressed ones too. W8A16 adds up in float32 in an order that depends on the weight alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +14,12 @@ from collectives.communicator import Communicator
 from collectives.tree import tree_sum
 from qtp.kernels.extension import native
 from qtp.kernels.interface import Cuts, Expert, Experts, Kernels, Norm, Op
-from qtp.kernels.sparse import native_products
 from qtp.kernels.torch_kernels import grouped, top
-from qtp.kernels.torch_quantized import columns_of, expanded, first_leaf, quantize, token_maxima, token_scales
+from qtp.kernels.torch_quantized import columns_of, expanded, first_leaf, token_maxima, token_scales
 from qtp.weights.quantized import W8A8, W8A8SC, W8A16, Float, Packed, Quantized, Unscaled, W8A8Dynamic, Weight, row_part
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_RUN_DTYPE, _FLOAT, _INTEGER = range(3)  # what comes out of a handle
+_RUN_DTYPE, _FLOAT, _INTEGER, _GATED = range(4)  # what comes out of a handle; gated: silu(gate) * up
 _TILE = 512  # tokens; what is larger comes as fresh memory from the system each time
 
 
@@ -65,6 +64,8 @@ def linear_leaves(kernels: Kernels, weight: Quantized | Packed, cuts: Cuts, acro
 
 
 def gated(kernels: Kernels, weight: Quantized | Packed, *, norm: Norm | None = None) -> Op:
+    if not isinstance(weight, Packed):
+        return _Linear(weight, norm, _GATED)
     both, width = linear(kernels, weight, norm=norm), weight.shape[0] // 2
 
     def run(x: Tensor) -> Tensor:
@@ -136,7 +137,8 @@ class _Linear:
     __slots__ = ("_dtype", "_form", "_handle", "_outputs")
 
     def __init__(self, weight: Quantized, norm: Norm | None = None, form: int = _RUN_DTYPE) -> None:
-        self._handle, self._outputs, self._form = _handle(weight, norm), weight.shape[0], form
+        self._handle, self._form = Handle(weight, norm), form
+        self._outputs = weight.shape[0] // (2 if form == _GATED else 1)
         self._dtype = torch.float32 if form == _FLOAT else None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -153,7 +155,7 @@ class _Across:
     def __init__(self, weight: W8A8 | W8A8SC | W8A8Dynamic, norm: Norm | None, across: Communicator) -> None:
         row_part(weight)
         assert norm is None, "a row linear with a norm"
-        self._weight, self._across, self._handle = weight, across, _handle(weight)
+        self._weight, self._across, self._handle = weight, across, Handle(weight)
         self._outputs = weight.shape[0]
 
     def __call__(self, x: Tensor) -> Unscaled:
@@ -165,24 +167,42 @@ class _Across:
             scale = weight.deq_scale
         total = torch.empty(x.shape[0], self._outputs, dtype=torch.int32)
         self._handle.run(x, total, _INTEGER, maxima)
-        return Unscaled(total, scale, x.dtype)
+        return _Unscaled(total, scale, x.dtype)
+
+
+class _Unscaled(Unscaled):
+    __slots__ = ()
+
+    def scaled(self, total: Tensor) -> Tensor:
+        scale, (tokens, outputs) = self.scale, total.shape
+        out = torch.empty(tokens, outputs, dtype=self.dtype)
+        apart = outputs if scale.dim() == 2 else 0
+        native.scale_sums(DTYPES[self.dtype], total.data_ptr(), tokens, outputs, scale.data_ptr(), apart, out.data_ptr())
+        return out
 
 
 class Handle:
-    """A weight in the words of the extension module, with what keeps its memory alive."""
+    """A weight in the words of the extension module, with what keeps its memory alive. Raises ValueError for a compressed one
+    whose lengths or columns would lead out of it; `codec.check` says more."""
 
     __slots__ = ("_columns", "_held", "_run")
 
-    def __init__(self, weight: W8A8 | W8A8Dynamic | W8A16, norm: Norm | None = None) -> None:
-        w = weight.weight
+    def __init__(self, weight: Quantized, norm: Norm | None = None) -> None:
         rows, columns = weight.shape
-        assert w.stride(1) == 1 or min(w.shape) < 2, "a weight is row-major"
+        if isinstance(weight, W8A8SC):
+            assert weight.data.is_contiguous(), "a stream is contiguous"
+            assert weight.index.is_contiguous(), "a stream is contiguous"
+            place = (weight.data.data_ptr(), weight.data.numel(), weight.index.data_ptr(), weight.index.numel())
+        else:
+            w = weight.weight
+            assert w.stride(1) == 1 or min(w.shape) < 2, "a weight is row-major"
+            place = (w.data_ptr(), w.stride(0), 0, 0)
         if norm is not None and norm.anti is not None:
             norm = norm.anti
         quant_bias, bias, offset, kind, groups = None, None, None, 1, (0, 0, 0)
         input_scale, input_offset = 1.0, 0.0
-        if isinstance(weight, W8A8):
-            kind, scale, quant_bias = 0, weight.deq_scale, weight.quant_bias
+        if isinstance(weight, W8A8 | W8A8SC):
+            kind, scale, quant_bias = 3 * isinstance(weight, W8A8SC), weight.deq_scale, weight.quant_bias
             input_scale, input_offset = weight.input_scale, weight.input_offset
         elif isinstance(weight, W8A8Dynamic):
             scale, bias = weight.weight_scale, weight.bias
@@ -193,7 +213,7 @@ class Handle:
             assert offset is None or offset.stride() == scale.stride(), "scale and offset lie alike"
         self._columns, self._held = columns, (weight, norm)
         self._run = native.Int8Linear(
-            *(kind, rows, columns, w.data_ptr(), w.stride(0), input_scale, input_offset),
+            *(kind, rows, columns, *place, input_scale, input_offset),
             *(_address(quant_bias), scale.data_ptr(), _address(offset), *groups, _address(bias)),
             *((0, 0, 0.0) if norm is None else (norm.weight.data_ptr(), _address(norm.bias), norm.eps)),
         ).run
@@ -209,27 +229,6 @@ def normed(x: Tensor, norm: Norm) -> Tensor:
     bias = 0 if norm.bias is None else norm.bias.data_ptr()
     native.rms_norm(DTYPES[x.dtype], x.data_ptr(), x.shape[0], x.shape[1], norm.weight.data_ptr(), bias, norm.eps, out.data_ptr())
     return out
-
-
-class SparseHandle:
-    """As Handle, of a compressed weight."""
-
-    __slots__ = ("_before", "_products", "_scale", "_weight")
-
-    def __init__(self, weight: W8A8SC, norm: Norm | None = None) -> None:
-        self._weight, self._products = weight, native_products(weight)
-        self._scale = torch.tensor(weight.input_scale, dtype=torch.float32)
-        self._before = None if norm is None else norm.anti or norm
-
-    def run(self, x: Tensor, out: Tensor, form: int, maxima: Tensor | None = None) -> None:
-        if self._before is not None:
-            x = normed(x, self._before)
-        total = self._products(quantize(x, self._scale, self._weight.input_offset)).add_(self._weight.quant_bias)
-        out.copy_(total if form == _INTEGER else total.float() * self._weight.deq_scale)
-
-
-def _handle(weight: Quantized, norm: Norm | None = None) -> Handle | SparseHandle:
-    return SparseHandle(weight, norm) if isinstance(weight, W8A8SC) else Handle(weight, norm)
 
 
 def _address(tensor: Tensor | None) -> int:

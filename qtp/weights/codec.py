@@ -9,7 +9,7 @@ bytes.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +112,29 @@ def cut(data: Tensor, index: Tensor, info: Tensor, start: int, stop: int) -> Com
     part = np.concatenate([_bytes(data)[begin:end], np.zeros(ALIGN, np.uint8)])
     part_entries = np.array([*(entries[first:last] - begin), end - begin], "<i8")
     return _sealed(stop - start, k, part, part_entries)
+
+
+def joined(streams: Sequence[Compressed]) -> list[Compressed]:
+    """Streams of equal k, put one after the other wherever the rows of the first are a multiple of 16. They must be ones that
+    `check` accepts."""
+    runs: list[list[Compressed]] = []
+    for stream in streams:
+        if runs and int(runs[-1][-1][2][1]) % BLOCK == 0:
+            runs[-1].append(stream)
+        else:
+            runs.append([stream])
+    return [_joined(run) if len(run) > 1 else run[0] for run in runs]
+
+
+def _joined(streams: Sequence[Compressed]) -> Compressed:
+    pieces, entries, at = [], [], 0
+    for data, index, _ in streams:
+        pieces.append(_bytes(data)[:-ALIGN])
+        entries.append(_numbers(index)[:-1] + at)
+        at += len(pieces[-1])
+    (k,) = {int(info[2]) for _, _, info in streams}
+    whole = np.concatenate([*pieces, np.zeros(ALIGN, np.uint8)])
+    return _sealed(sum(int(info[1]) for _, _, info in streams), k, whole, np.concatenate([*entries, [at]]).astype("<i8"))
 
 
 def sealed(data: Tensor, index: Tensor, info: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ _HELD = {FLOAT32: torch.float32, INT8: torch.int8, INT32: torch.int32, SCALE_BIT
 
 _PIECE = 8 << 20  # bytes of a read, and of what is converted at once
 _READERS = 4  # threads; 2 and 4 alike took half the time of one from a disk, and less on the first touch of memory
+_ROOM = 64 << 20  # bytes, of many streams and huge pages
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
 
@@ -66,8 +67,9 @@ def load(
         for group in [specs] if device.type == "cpu" else [[spec] for spec in specs]:
             tensors, pieces = _laid_out(store, [spec for spec in group if spec.dtype != COMPRESSED], rank, grid, dtype)
             _fill(store, pieces, readers, progress)
+            room = _Room()
             for spec in (spec for spec in group if spec.dtype == COMPRESSED):
-                tensors |= _streams(store, spec, rank, grid, progress)
+                tensors |= _streams(store, spec, rank, grid, room, progress)
             shard.update((name, x.to(device)) for name, x in tensors.items())
     finally:
         readers.shutdown(cancel_futures=True)
@@ -97,10 +99,26 @@ def _laid_out(store: Checkpoint, specs: Sequence[Spec], rank: int, grid: Grid, d
     return tensors, pieces
 
 
-def _streams(store: Checkpoint, spec: Spec, rank: int, grid: Grid, progress: Callable[[int], None]) -> Shard:
-    """The parts of a compressed weight, each by itself: data, index and info of part i are `spec.name`.i.data and so on."""
-    tensors = {spec.name: torch.empty(0, 0, dtype=torch.int8)}
-    for i, part in enumerate(spec.parts):
+class _Room:
+    """Memory of tensors whose sizes are told one after the other. What is never written takes none."""
+
+    def __init__(self) -> None:
+        self._memory, self._at = _memory(0), 1  # full
+
+    def copy(self, x: Tensor) -> Tensor:
+        """x int8 [bytes], where it stays."""
+        if self._at + len(x) > len(self._memory):
+            self._memory, self._at = _memory(max(len(x), _ROOM)), 0
+        placed = torch.frombuffer(self._memory, dtype=torch.int8, count=len(x), offset=self._at).copy_(x)
+        self._at += -(-len(x) // _ALIGNMENT) * _ALIGNMENT
+        return placed
+
+
+def _streams(store: Checkpoint, spec: Spec, rank: int, grid: Grid, room: _Room, progress: Callable[[int], None]) -> Shard:
+    """The parts of a compressed weight, which are one stream or several that follow each other (`codec.joined`): data, index and
+    info of stream i are `spec.name`.i.data and so on."""
+    tensors, streams = {spec.name: torch.empty(0, 0, dtype=torch.int8)}, []
+    for part in spec.parts:
         box = part.split.box(part.shape, rank, grid)
         shape = len(box[0]), len(box[1])
         if elements(box):
@@ -113,7 +131,9 @@ def _streams(store: Checkpoint, spec: Spec, rank: int, grid: Grid, progress: Cal
                 raise ValueError(f"{store.folder}: {part.name}: {error}; compress the checkpoint again") from None
         else:
             data, index, info = codec.compress(torch.empty(shape, dtype=torch.int8))
-        tensors |= {f"{spec.name}.{i}.{name}": x for name, x in (("data", data), ("index", index), ("info", info))}
+        streams.append((data, index, info))
+    for i, (data, index, info) in enumerate(codec.joined(streams)):
+        tensors |= {f"{spec.name}.{i}.{name}": x for name, x in (("data", room.copy(data)), ("index", index), ("info", info))}
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""Speed of products with compressed weights (W8A8SC), beside a plain read of memory and the bfloat16 linear of the same shape.
+"""Speed of linear layers with compressed weights (W8A8SC), beside a plain read of memory and a bfloat16 linear of the shape.
 
     python scripts/bench/sparse.py [--threads 1 2] [--tokens 1 8] [--shapes 9728x896 ...] [--rounds 9]
 
@@ -19,7 +19,6 @@ sys.path.remove(str(Path(__file__).resolve().parent))  # where another collectiv
 
 from qtp.kernels.extension import native
 from qtp.kernels.native_kernels import NativeKernels
-from qtp.kernels.sparse import native_products
 from qtp.weights.codec import compress
 from qtp.weights.quantized import W8A8SC
 
@@ -55,12 +54,12 @@ def main() -> None:
         stream = compress(sparse_weight(rows, columns))
         size = sum(part.numel() * part.element_size() for part in stream)
         copies = [tuple(part.clone() for part in stream) for _ in range(BEYOND_CACHE // size + 1)]
-        nothing = torch.zeros(0)
-        ours = [native_products(W8A8SC(*copy, 1.0, 0.0, nothing, nothing)) for copy in copies]
+        after = torch.zeros(rows, dtype=torch.int32), torch.ones(rows)
+        ours = [NativeKernels().linear(W8A8SC(*copy, 1.0, 0.0, *after)) for copy in copies]
         wide = torch.randn(BEYOND_CACHE // (2 * rows * columns) + 1, rows, columns, dtype=torch.bfloat16)
         theirs = [NativeKernels(deterministic=True).linear(weight) for weight in wide]
         for tokens in args.tokens:
-            x = torch.randint(-128, 128, (tokens, columns), dtype=torch.int8)
+            x = torch.randint(-128, 128, (tokens, columns)).bfloat16()
             y = torch.randn(tokens, columns, dtype=torch.bfloat16)
             for threads in args.threads:
                 torch.set_num_threads(threads)

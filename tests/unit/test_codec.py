@@ -273,7 +273,7 @@ def test_native_code_refuses_what_leads_out_of_the_stream() -> None:
         if name in ("data that end in garbage", "garbage between blocks", "a code of no column", "other rows"):
             continue  # what does not lead anywhere
         with pytest.raises(ValueError, match="W8A8SC: "):
-            native.SparseLinear(n, k, *place)
+            native.Int8Linear(3, n, k, *place, 1.0, 0.0, *(0,) * 9, 0.0)
 
 
 def test_fuzz() -> None:

@@ -10,10 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from collectives.loopback import loopback
 from qtp.kernels.extension import native
-from qtp.kernels.sparse import native_products, torch_products
+from qtp.kernels.interface import Norm
+from qtp.kernels.native_kernels import NativeKernels
+from qtp.kernels.native_quantized import Handle
+from qtp.kernels.torch_kernels import TorchKernels
 from qtp.weights import codec
-from qtp.weights.quantized import W8A8SC
+from qtp.weights.quantized import W8A8, W8A8SC
 
 ISAS = tuple(enumerate(native.isas()))
 
@@ -33,6 +37,9 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+INTEGER = 2
+
+
 def numbers(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
 
@@ -45,13 +52,18 @@ def matrix(generator: torch.Generator, n: int, k: int, share: float) -> Tensor:
 
 
 def compressed(weight: Tensor) -> W8A8SC:
-    nothing = torch.zeros(0)
-    return W8A8SC(*codec.compress(weight), 1.0, 0.0, nothing, nothing)
+    return plain(codec.compress(weight))
+
+
+def plain(stream: codec.Compressed) -> W8A8SC:
+    """With nothing before and after the product."""
+    n = int(stream[2][1])
+    return W8A8SC(*stream, 1.0, 0.0, torch.zeros(n, dtype=torch.int32), torch.ones(n))
 
 
 def apart(generator: torch.Generator, rows: int, columns: int) -> Tensor:
-    """A matrix whose rows lie apart, at odd addresses, with other numbers between them and around."""
-    return numbers(generator, rows + 2, columns + 7)[1:-1, 3 : 3 + columns]
+    """Numbers of int8 in float32, whose rows lie apart, with others between them and around."""
+    return numbers(generator, rows + 2, columns + 7).float()[1:-1, 3 : 3 + columns]
 
 
 def exact(weight: Tensor, x: Tensor) -> Tensor:
@@ -63,10 +75,8 @@ def check(weight: Tensor, x: Tensor) -> None:
     held, (tokens, rows) = compressed(weight), (x.shape[0], weight.shape[0])
     around = torch.full((tokens + 2, rows + 9), 77_777)
     out = around.to(torch.int32)
-    place = (held.data.data_ptr(), held.data.numel(), held.index.data_ptr(), held.index.numel())
-    handle = native.SparseLinear(*held.shape, *place)
     inside = out[1:-1, 4 : 4 + rows]
-    handle.run(x.data_ptr(), tokens, x.stride(0), inside.data_ptr(), out.stride(0))
+    Handle(held).run(x, inside, INTEGER)
     assert torch.equal(inside, exact(weight, x)), (tuple(weight.shape), tokens)
     inside.fill_(77_777)
     assert (out == 77_777).all()
@@ -105,12 +115,12 @@ def test_extremes(isa: str, value: int) -> None:
     for columns in (127, 256, 1024, 5000):
         weight = torch.full((18, columns), value, dtype=torch.int8)
         for x in (-128, 127, 0):
-            check(weight, torch.full((5, columns), x, dtype=torch.int8))
-            check(weight, torch.full((1, columns), x, dtype=torch.int8))
+            check(weight, torch.full((5, columns), float(x)))
+            check(weight, torch.full((1, columns), float(x)))
         sparse = torch.full((18, columns), 7 if value > 0 else -8, dtype=torch.int8)
         sparse[:, ::9] = value
-        check(sparse, torch.full((3, columns), -128, dtype=torch.int8))
-        check(sparse, torch.full((1, columns), 127, dtype=torch.int8))
+        check(sparse, torch.full((3, columns), -128.0))
+        check(sparse, torch.full((1, columns), 127.0))
 
 
 def test_columns_of_four_bytes(isa: str) -> None:
@@ -134,25 +144,44 @@ def test_outliers_at_the_edges(isa: str) -> None:
             check(weight, apart(generator, tokens, columns))
 
 
-def test_the_face_of_both(isa: str, threads: int) -> None:
-    generator = torch.Generator().manual_seed(7)
-    for rows, columns, tokens in ((100, 300, 7), (4000, 128, 1), (1, 1, 1), (0, 5, 3), (5, 0, 3), (5, 5, 0)):
-        weight = matrix(generator, rows, columns, 0.02)
-        held, x = compressed(weight), apart(generator, tokens, columns)
-        assert held.shape == (rows, columns)
-        for products in (torch_products(held), native_products(held)):
-            got = products(x)
-            assert got.dtype == torch.int32
-            assert torch.equal(got, exact(weight, x))
+def test_the_same_bits_as_what_is_not_compressed(isa: str, threads: int) -> None:
+    """In every form and dtype, with a norm before or none, of x that is rounded and cut off."""
+    generator, random = torch.Generator().manual_seed(7), Random(7)
+    for i, dtype in enumerate(24 * [torch.float32, torch.bfloat16, torch.float16]):
+        tokens, rows = random.choice([1, 1, 2, 5, 8, 9, 40, 300]), 2 * random.randint(0, 90)
+        columns = random.choice([random.randint(1, 700), 128 * random.randint(1, 5)])
+        weight = matrix(generator, rows, columns, random.choice([0.0, 0.011, 0.3]))
+        quant_bias = torch.randint(-(10**6), 10**6, (rows,), generator=generator, dtype=torch.int32)
+        scale = 1e-5 * (0.1 + torch.rand(rows, generator=generator))
+        how = (random.uniform(0.01, 0.1), float(random.randint(-120, 120)), quant_bias, scale)
+        sparse, whole = W8A8SC(*codec.compress(weight), *how), W8A8(weight, *how)
+        x = 2 * torch.randn(tokens + 2, columns + 7, generator=generator)
+        x[random.randrange(tokens + 2), random.randrange(columns)] = 1e4
+        x = x.to(dtype)[1:-1, 3 : 3 + columns]
+        weights, bias = torch.randn(2, columns, generator=generator).to(dtype)
+        norm = [None, Norm(weights, 1e-6), Norm(weights, 1e-6, anti=Norm(weights, 1e-5, bias))][i // 3 % 3]
+        for kernels in (NativeKernels(), TorchKernels()):
+            if isinstance(kernels, TorchKernels):
+                x, norm = x[:20], None
+            assert torch.equal(kernels.linear(sparse, norm=norm)(x), kernels.linear(whole, norm=norm)(x))
+            assert torch.equal(kernels.gated(sparse, norm=norm)(x), kernels.gated(whole, norm=norm)(x))
+            assert torch.equal(kernels.head(sparse).logits(x), kernels.head(whole).logits(x))
+            two = (kernels.linear(part, across=loopback(1)[0])(x) for part in (sparse, whole))
+            got, expected = ((each.total, each.scaled(each.total)) for each in two)
+            assert got[0].dtype == torch.int32
+            assert got[1].dtype == dtype
+            assert all(map(torch.equal, got, expected))
+        assert torch.equal(NativeKernels().linear(sparse)(x), TorchKernels().linear(sparse)(x))
 
 
 def test_a_part_of_the_rows_computes_the_same(isa: str) -> None:
-    """What `codec.cut` gives."""
+    """What `codec.cut` gives, and `codec.joined`."""
     generator = torch.Generator().manual_seed(8)
-    weight, x = matrix(generator, 70, 222, 0.011), numbers(generator, 4, 222)
+    weight, x = matrix(generator, 70, 222, 0.011), numbers(generator, 4, 222).float()
     stream = codec.compress(weight)
-    nothing = torch.zeros(0)
-    whole = exact(weight, x)
+    whole = exact(weight, x).float()
     for start, stop in ((0, 32), (16, 70), (64, 70)):
-        part = W8A8SC(*codec.cut(*stream, start, stop), 1.0, 0.0, nothing, nothing)
-        assert torch.equal(native_products(part)(x), whole[:, start:stop])
+        part = plain(codec.cut(*stream, start, stop))
+        assert torch.equal(NativeKernels().linear(part)(x), whole[:, start:stop])
+    (joined,) = codec.joined([codec.compress(weight[:32]), codec.compress(weight[32:])])
+    assert torch.equal(NativeKernels().linear(plain(joined))(x), whole)

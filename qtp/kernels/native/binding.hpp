@@ -38,11 +38,8 @@ inline PyCFunction fast(FastCall call) { return reinterpret_cast<PyCFunction>(re
 // Adds Linear and Experts. False: an exception is set.
 bool add_linear_types(PyObject* module);
 
-// Adds Int8Linear, likewise.
+// Adds Int8Linear and scale_sums, likewise.
 bool add_int8_type(PyObject* module);
-
-// Adds SparseLinear. False: an exception is set.
-bool add_sparse_type(PyObject* module);
 
 extern PyMethodDef attention_functions[];
 

@@ -1,6 +1,7 @@
 #include "int8.hpp"
 
 #include "linear.hpp"
+#include "rows.hpp"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -63,6 +64,7 @@ namespace {
 
 constexpr size_t kWorthAThread = 48 * 1024;  // bytes of weights that a thread reads while another is being woken
 constexpr size_t kUnit = 32;
+constexpr size_t kTurned = 8;  // tokens that are laid out together for compressed weights
 
 #if defined(QTP_WIDER)
 bool wide_vnni() {
@@ -85,7 +87,8 @@ const Int8Table& table() {
 }
 
 int threads_for(const Int8Linear& linear, size_t tokens) {
-  const size_t most = linear.rows * linear.k * (1 + tokens / 8) / kWorthAThread + 1;
+  const size_t bytes = linear.rows * (linear.compressed() ? linear.sparse.code_row() : linear.k);
+  const size_t most = bytes * (1 + tokens / 8) / kWorthAThread + 1;
   const int all = threads();
   return most < size_t(all) ? int(most) : all;
 }
@@ -115,19 +118,37 @@ void sum_rows(const Int8Linear& linear, int32_t* to) {
 void run_int8(const Int8Linear& linear, const void* x, size_t tokens, size_t x_stride, const float* maxima, void* out, size_t out_stride,
               Form form) {
   const Int8Table& kernels = table();
-  const size_t in_item = kItemBytes[int(linear.dtype)], out_item = form == Form::kDType ? in_item : 4;
-  for (size_t first = 0; first < tokens; first += kMostInt8Tokens) {
-    const size_t count = tokens - first < kMostInt8Tokens ? tokens - first : kMostInt8Tokens;
+  const bool gated = form == Form::kGated;
+  const size_t in_item = kItemBytes[int(linear.dtype)], out_item = form == Form::kFloat || form == Form::kInteger ? 4 : in_item;
+  const size_t most_tokens = linear.compressed() ? linear.sparse.most_tokens() : kMostInt8Tokens;
+  for (size_t first = 0; first < tokens; first += most_tokens) {
+    const size_t count = tokens - first < most_tokens ? tokens - first : most_tokens;
     const int most = threads_for(linear, count);
-    void* memory = scratch(kernels.bytes(linear, count, most));
+    const size_t bytes = (kernels.bytes(linear, count, most) + 63) / 64 * 64;
+    void* memory = scratch(bytes + (gated ? count * linear.rows * in_item : 0));
+    void* to = static_cast<char*>(out) + first * out_stride * out_item;
+    void* both = static_cast<char*>(memory) + bytes;
     parallel(most, [&](int thread, int all) {
       kernels.lay(linear, static_cast<const char*>(x) + first * x_stride * in_item, count, x_stride,
-                  maxima == nullptr ? nullptr : maxima + first, memory, share(count, thread, all));
+                  maxima == nullptr ? nullptr : maxima + first, memory, share(count, thread, all, linear.compressed() ? kTurned : 1));
       if (all > 1) meet();
-      kernels.run(linear, count, memory, thread, static_cast<char*>(out) + first * out_stride * out_item, out_stride, form,
+      kernels.run(linear, count, memory, thread, gated ? both : to, gated ? linear.rows : out_stride, gated ? Form::kDType : form,
                   share(linear.rows, thread, all, kUnit));
+      if (!gated) return;
+      if (all > 1) meet();
+      const size_t width = linear.rows / 2;
+      rows_table(linear.dtype).gate(both, width, to, out_stride, {0, count}, share(width, thread, all, kUnit));
     });
   }
+}
+
+void scale_sums(DType dtype, const int32_t* total, size_t rows, size_t width, const float* scale, size_t scale_stride, void* out) {
+  const size_t most = rows * width / kWorthAThread + 1;
+  parallel(most < size_t(threads()) ? int(most) : threads(), [&](int thread, int all) {
+    const Range range = share(rows, thread, all);
+    for (size_t i = range.begin; i < range.end; ++i)
+      table().scale(dtype, total + i * width, scale + i * scale_stride, width, static_cast<char*>(out) + i * width * kItemBytes[int(dtype)]);
+  });
 }
 
 }  // namespace qtp

@@ -7,6 +7,10 @@ namespace {
 #include "normed.inl"
 #include "int8_ops.inl"
 
+namespace compressed {
+#include "sparse.inl"
+}  // namespace compressed
+
 constexpr size_t kBlock = 32;    // outputs that are finished together
 constexpr size_t kWorthUnpacking = 8, kGroupsWorthUnpacking = 3;  // tiles of tokens, measured with AVX2 on 896 x 9728
 constexpr size_t kPiece = 1024;  // columns that are added up by themselves: a tile of tokens stays in the first cache
@@ -73,8 +77,9 @@ struct Work {
   float values[Op::integer ? 1 : kBlock * kPitch];
 };
 
+// One token as Op multiplies with it, at least k elements and zeros up to `pitch`; returns its scale.
 template <class Op, class E>
-void lay_token(const Int8Linear& linear, const typename E::stored* x, const float* maximum, const Prepared<Op>& to, size_t t) {
+float lay_token(const Int8Linear& linear, const typename E::stored* x, const float* maximum, typename Op::X* row, size_t pitch) {
   using S = typename E::stored;
   const S *norm = static_cast<const S*>(linear.norm), *bias = static_cast<const S*>(linear.norm_bias);
   const size_t k = linear.k;
@@ -82,7 +87,6 @@ void lay_token(const Int8Linear& linear, const typename E::stored* x, const floa
   const auto element = [&](size_t i) __attribute__((always_inline)) {
     return norm != nullptr ? normed<E>(x, root, norm, bias, i, k - i) : load_up_to<E>(x + i, k - i);
   };
-  typename Op::X* row = to.x + t * to.pitch;
   F scale = all(linear.input_scale);
   if (linear.input == Input::kPerToken) {
     F most = {};
@@ -91,10 +95,10 @@ void lay_token(const Int8Linear& linear, const typename E::stored* x, const floa
     const float largest_x = maximum != nullptr ? *maximum : largest(most);
     scale = all(largest_x > 0.0f ? largest_x / 127.0f : 1.0f);
   }
-  to.scales[t] = scale[0];
   size_t i = 0;
   for (; i < k; i += kLanes) Op::put(row + i, element(i), scale, linear.input_offset);
-  for (; i < to.pitch; ++i) row[i] = 0;
+  for (; i < pitch; ++i) row[i] = 0;
+  return scale[0];
 }
 
 // What memory is asked for while something else is computed: from `at` to `end`, front to back, some lines a step.
@@ -302,10 +306,10 @@ QTP_INLINE F scales(const Int8Linear& linear, size_t row, size_t n) {
   return read<F>(y);
 }
 
-// Outputs row ... row + count - 1 of token t from what Rows has got for it.
+// Outputs row ... row + count - 1 of a token from what Rows has got for it. token_scale: of Input::kPerToken.
 template <class Op, class E>
-QTP_INLINE void finish(const Int8Linear& linear, const Prepared<Op>& input, const typename Op::Sum* got, size_t t, size_t row, size_t count,
-                       void* out, Form form) {
+QTP_INLINE void finish(const Int8Linear& linear, const float* token_scale, const typename Op::Sum* got, size_t row, size_t count, void* out,
+                       Form form) {
   const typename E::stored* bias = static_cast<const typename E::stored*>(linear.bias);
   for (size_t i = 0; i < count; i += kLanes) {
     const size_t n = count - i, at = row + i;
@@ -319,7 +323,7 @@ QTP_INLINE void finish(const Int8Linear& linear, const Prepared<Op>& input, cons
         continue;
       }
       F scale = load_up_to<F32>(linear.scale + at, n);
-      if (linear.input == Input::kPerToken) scale = scale * input.scales[t];
+      if (linear.input == Input::kPerToken) scale = scale * *token_scale;
       y = __builtin_convertvector((I)total, F);
       y = bias != nullptr ? fma(y, scale, load_up_to<E>(bias + at, n)) : y * scale;
     } else {
@@ -334,21 +338,44 @@ QTP_INLINE void finish(const Int8Linear& linear, const Prepared<Op>& input, cons
   }
 }
 
+template <class E>
+void run_compressed(const Int8Linear& linear, size_t tokens, void* memory, int thread, void* out, size_t out_stride, Form form, Range range) {
+  const Sparse& sparse = linear.sparse;
+  const size_t item = form == Form::kDType ? sizeof(typename E::stored) : 4;
+  const compressed::Tokens input(sparse, tokens, memory);
+  char* own = static_cast<char*>(memory) + input.bytes();
+  const compressed::Work work(sparse, input, own + size_t(thread) * compressed::Work(sparse, input, own).bytes);
+  for (size_t row = range.begin; row < range.end; row += kSparseBlock) {
+    compressed::block_rows(sparse, row / kSparseBlock, input, work);
+    for (size_t t = 0; t < tokens; ++t)
+      finish<Codes, E>(linear, nullptr, work.got + t * kSparseBlock, row, sparse.rows_in(row / kSparseBlock),
+                       static_cast<char*>(out) + (t * out_stride + row) * item, form);
+  }
+}
+
+template <class Call>
+QTP_INLINE void by_dtype(DType dtype, const Call& call) {
+  if (dtype == DType::kF32) return call(F32());
+  if (dtype == DType::kBF16) return call(BF16());
+  call(F16());
+}
+
 template <class Call>
 QTP_INLINE void by_type(const Int8Linear& linear, const Call& call) {
-  const auto typed = [&](auto e) __attribute__((always_inline)) {
+  by_dtype(linear.dtype, [&](auto e) __attribute__((always_inline)) {
     if (linear.input == Input::kFloat)
       call(Floats(), e);
     else
       call(Integers(), e);
-  };
-  if (linear.dtype == DType::kF32) return typed(F32());
-  if (linear.dtype == DType::kBF16) return typed(BF16());
-  typed(F16());
+  });
 }
 
 // Prepared tokens, then the Work of each thread.
 size_t bytes(const Int8Linear& linear, size_t tokens, int threads) {
+  if (linear.compressed()) {
+    const compressed::Tokens input(linear.sparse, tokens, nullptr);
+    return input.bytes() + size_t(threads) * compressed::Work(linear.sparse, input, nullptr).bytes;
+  }
   size_t all = 0;
   by_type(linear, [&](auto op, auto) {
     all = Prepared<decltype(op)>(linear, tokens, nullptr).bytes() + size_t(threads) * sizeof(Work<decltype(op)>);
@@ -357,15 +384,29 @@ size_t bytes(const Int8Linear& linear, size_t tokens, int threads) {
 }
 
 void lay(const Int8Linear& linear, const void* x, size_t tokens, size_t x_stride, const float* maxima, void* memory, Range range) {
+  if (linear.compressed()) {
+    const compressed::Tokens to(linear.sparse, tokens, memory);
+    return by_dtype(linear.dtype, [&](auto e) {
+      for (size_t t = range.begin; t < range.end; ++t) {
+        const auto* from = static_cast<const typename decltype(e)::stored*>(x) + t * x_stride;
+        lay_token<Codes, decltype(e)>(linear, from, nullptr, to.laid + t * to.pitch, to.pitch);
+        to.finish(t);
+      }
+    });
+  }
   by_type(linear, [&](auto op, auto e) {
     const Prepared<decltype(op)> to(linear, tokens, memory);
     for (size_t t = range.begin; t < range.end; ++t)
-      lay_token<decltype(op), decltype(e)>(linear, static_cast<const typename decltype(e)::stored*>(x) + t * x_stride,
-                                           maxima == nullptr ? nullptr : maxima + t, to, t);
+      to.scales[t] = lay_token<decltype(op), decltype(e)>(linear, static_cast<const typename decltype(e)::stored*>(x) + t * x_stride,
+                                                          maxima == nullptr ? nullptr : maxima + t, to.x + t * to.pitch, to.pitch);
   });
 }
 
 void run(const Int8Linear& linear, size_t tokens, void* memory, int thread, void* out, size_t out_stride, Form form, Range range) {
+  if (linear.compressed())
+    return by_dtype(linear.dtype, [&](auto e) {
+      run_compressed<decltype(e)>(linear, tokens, memory, thread, out, out_stride, form, range);
+    });
   by_type(linear, [&](auto op, auto e) {
     using Op = decltype(op);
     using E = decltype(e);
@@ -376,14 +417,24 @@ void run(const Int8Linear& linear, size_t tokens, void* memory, int thread, void
       const size_t count = range.end - row < kBlock ? range.end - row : kBlock;
       Rows<Op>{linear, input, row, count, work}.all();
       for (size_t t = 0; t < tokens; ++t)
-        finish<Op, E>(linear, input, work.got + t * kBlock, t, row, count, static_cast<char*>(out) + (t * out_stride + row) * item, form);
+        finish<Op, E>(linear, input.scales + t, work.got + t * kBlock, row, count, static_cast<char*>(out) + (t * out_stride + row) * item,
+                      form);
+    }
+  });
+}
+
+void scale(DType dtype, const int32_t* total, const float* scale, size_t width, void* out) {
+  by_dtype(dtype, [&](auto e) {
+    for (size_t i = 0; i < width; i += kLanes) {
+      const F y = __builtin_convertvector((I)ints_up_to(total + i, width - i), F) * load_up_to<F32>(scale + i, width - i);
+      store_up_to<decltype(e)>(static_cast<typename decltype(e)::stored*>(out) + i, y, width - i);
     }
   });
 }
 
 }  // namespace
 
-extern const Int8Table kInt8 = {bytes, lay, run};
+extern const Int8Table kInt8 = {bytes, lay, run, scale};
 
 }  // namespace QTP_ISA
 }  // namespace qtp

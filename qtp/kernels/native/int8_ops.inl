@@ -137,6 +137,16 @@ struct Integers : Exact {
 };
 #endif
 
+// x as it meets the codes of compressed weights.
+struct Codes : Exact {
+  using X = int8_t;
+  static constexpr bool shifted = false;
+  static QTP_INLINE void put(X* to, F x, F scale, float offset) {
+    const B y = __builtin_convertvector(quantized(x, scale, offset), B);
+    __builtin_memcpy(to, &y, sizeof y);
+  }
+};
+
 // W brought to floats in registers, times x in floats.
 struct Floats {
   using A = F;

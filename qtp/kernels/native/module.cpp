@@ -10,7 +10,7 @@
 namespace qtp {
 namespace {
 
-constexpr long kInterface = 2;          // raised when a signature changes: an old build is then told from a new one
+constexpr long kInterface = 3;          // raised when a signature changes: an old build is then told from a new one
 constexpr size_t kWorthAThread = 32768;  // elements
 
 int threads_for_rows(size_t rows, size_t width) {
@@ -63,7 +63,7 @@ PyObject* silu_and_mul(PyObject*, PyObject* const* args, Py_ssize_t given) {
   if (!read_sizes(args, given, 5, a) || !check_dtype(a[0])) return nullptr;
   Py_BEGIN_ALLOW_THREADS;
   parallel(threads_for_rows(a[2], 2 * a[3]), [&](int thread, int all) {
-    rows_table(DType(a[0])).gate(address(a[1]), a[3], address(a[4]), share(a[2], thread, all));
+    rows_table(DType(a[0])).gate(address(a[1]), a[3], address(a[4]), a[3], share(a[2], thread, all), {0, a[3]});
   });
   Py_END_ALLOW_THREADS;
   Py_RETURN_NONE;
@@ -116,7 +116,7 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "qtp.kernels._native", nullptr,
 PyMODINIT_FUNC PyInit__native() {
   PyObject* module = PyModule_Create(&qtp::definition);
   if (module == nullptr) return nullptr;
-  if (!qtp::add_linear_types(module) || !qtp::add_int8_type(module) || !qtp::add_sparse_type(module) ||
+  if (!qtp::add_linear_types(module) || !qtp::add_int8_type(module) ||
       PyModule_AddIntConstant(module, "INTERFACE", qtp::kInterface) != 0 ||
       PyModule_AddFunctions(module, qtp::attention_functions) != 0) {
     Py_DECREF(module);

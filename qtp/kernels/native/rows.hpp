@@ -13,8 +13,8 @@ struct RowsTable {
   // out = x / sqrt(mean(x^2) + eps), rounded, times weight, plus bias unless it is null, rounded; rows of `width` elements, one after
   // the other.
   void (*norm)(const void* x, size_t width, const void* weight, const void* bias, float eps, void* out, Range rows);
-  // out[i] = silu(x[i]) * x[width + i]; rows of x are 2 * width long.
-  void (*gate)(const void* x, size_t width, void* out, Range rows);
+  // out[i] = silu(x[i]) * x[width + i] for these columns; rows of x are 2 * width long, those of out lie out_stride apart.
+  void (*gate)(const void* x, size_t width, void* out, size_t out_stride, Range rows, Range columns);
   // x[i] *= sigmoid(gate), gate being one element of the table's dtype and x of another.
   void (*scale)(const void* gate, DType dtype, void* x, size_t width);
   // The `choices` largest of the softmax of a row, largest first and the lower index first among equals, divided by their sum if

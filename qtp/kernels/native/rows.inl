@@ -20,13 +20,15 @@ void norm(const void* x_, size_t width, const void* weight_, const void* bias_, 
 }
 
 template <class E>
-void gate(const void* x_, size_t width, void* out_, Range rows) {
+void gate(const void* x_, size_t width, void* out_, size_t out_stride, Range rows, Range columns) {
   using S = typename E::stored;
   for (size_t row = rows.begin; row < rows.end; ++row) {
     const S* x = static_cast<const S*>(x_) + 2 * row * width;
-    S* out = static_cast<S*>(out_) + row * width;
-    for (size_t i = 0; i < width; i += kLanes)
-      store_up_to<E>(out + i, silu(load_up_to<E>(x + i, width - i)) * load_up_to<E>(x + width + i, width - i), width - i);
+    S* out = static_cast<S*>(out_) + row * out_stride;
+    for (size_t i = columns.begin; i < columns.end; i += kLanes) {
+      const size_t n = columns.end - i;
+      store_up_to<E>(out + i, silu(load_up_to<E>(x + i, n)) * load_up_to<E>(x + width + i, n), n);
+    }
   }
 }
 

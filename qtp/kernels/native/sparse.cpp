@@ -1,66 +1,7 @@
 #include "sparse.hpp"
 
-#include "isa.hpp"
-#include "linear.hpp"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#define QTP_ISA baseline
-#define QTP_AVX512 0
-#define QTP_AVX2 0
-#define QTP_VNNI 0
-#include "sparse.inl"
-#undef QTP_ISA
-#undef QTP_AVX2
-
-#if defined(__x86_64__) && !defined(__clang__)
-#pragma GCC push_options
-#pragma GCC target("avx2,bmi2")
-#define QTP_ISA avx2
-#define QTP_AVX2 1
-#include "sparse.inl"
-#undef QTP_ISA
-#undef QTP_AVX512
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,bmi2,prefer-vector-width=512")
-#define QTP_ISA avx512
-#define QTP_AVX512 1
-#include "sparse.inl"
-#undef QTP_ISA
-#undef QTP_VNNI
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,bmi2,prefer-vector-width=512")
-#define QTP_ISA avx512vnni
-#define QTP_VNNI 1
-#include "sparse.inl"
-#undef QTP_ISA
-#pragma GCC pop_options
-#endif
-
 namespace qtp {
 namespace {
-
-constexpr size_t kWorthAThread = 48 * 1024;  // bytes of weights that a thread reads while another is being woken
-
-using Run = void (*)(const Sparse&, const int8_t*, size_t, size_t, int32_t*, size_t, Range);
-
-// There are processors with VNNI at the level of AVX512 and at those above it. A test that asks for AVX512 on a processor that has
-// more gets AVX512 without VNNI.
-Run chosen() {
-#if defined(__x86_64__) && !defined(__clang__)
-  static const bool has_vnni = __builtin_cpu_supports("avx512vnni") != 0;
-  if (isa() > Isa::kAvx512 || (isa() == Isa::kAvx512 && isa() == best_isa())) return has_vnni ? avx512vnni::run : avx512::run;
-  if (isa() == Isa::kAvx512) return avx512::run;
-  if (isa() == Isa::kAvx2) return avx2::run;
-#endif
-  return baseline::run;
-}
 
 uint64_t number(const uint8_t* at, size_t item) {
   uint64_t number = 0;
@@ -105,16 +46,6 @@ const char* problem(const Sparse& sparse, size_t data_bytes, size_t index_bytes)
     }
   }
   return nullptr;
-}
-
-void run_sparse(const Sparse& sparse, const int8_t* x, size_t tokens, size_t x_stride, int32_t* out, size_t out_stride) {
-  if (tokens == 0 || sparse.rows == 0) return;
-  const Run run = chosen();
-  const size_t most = sparse.rows * sparse.code_row() * (1 + tokens / 8) / kWorthAThread + 1;
-  const int workers = most < size_t(threads()) ? int(most) : threads();
-  parallel(workers, [&](int thread, int all) {
-    run(sparse, x, tokens, x_stride, out, out_stride, share(sparse.blocks(), thread, all));
-  });
 }
 
 }  // namespace qtp

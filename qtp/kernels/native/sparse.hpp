@@ -1,10 +1,8 @@
-// y = x W^T in exact integers, computed from the compressed W of W8A8SC. docs/w8a8sc.md describes every byte.
+// The compressed weights of W8A8SC, from which int8.inl computes as they lie. docs/w8a8sc.md describes every byte.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-
-#include "parallel.hpp"
 
 namespace qtp {
 
@@ -25,6 +23,11 @@ struct Sparse {
   }
   size_t code_row() const { return (k + 1) / 2; }
   size_t item() const { return k <= 65536 ? 2 : 4; }
+  // That are laid out at once, to stay in a core's second cache.
+  size_t most_tokens() const {
+    const size_t fit = 384 * 1024 / (2 * k + kSparseGroup) / 8 * 8;
+    return fit < 8 ? 8 : fit < 256 ? fit : 256;
+  }
   uint64_t entry(size_t block) const {
     uint64_t entry;
     __builtin_memcpy(&entry, index + 8 * block, 8);
@@ -36,8 +39,5 @@ struct Sparse {
 
 // Null, or what is wrong with a stream of so many bytes: if nothing is, no computation from it leaves it.
 const char* problem(const Sparse& sparse, size_t data_bytes, size_t index_bytes);
-
-// x: tokens rows of k values; out: tokens rows of `rows` sums, modulo 2^32. Strides are in elements.
-void run_sparse(const Sparse& sparse, const int8_t* x, size_t tokens, size_t x_stride, int32_t* out, size_t out_stride);
 
 }  // namespace qtp

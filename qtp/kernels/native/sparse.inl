@@ -1,16 +1,9 @@
-// Compiled once for each instruction set: see sparse.cpp and sparse.hpp. No standard header may be included here (each_isa.inl).
+// Products with compressed weights, for int8.inl: see sparse.hpp, and docs/w8a8sc.md for every byte.
 //
 // A code is its value + 8, 0 ... 15, and meets int8 x without a loss: y = sum of code * x, less 8 * sum of x; then each of the
 // outliers adds its difference * x. A wide block has two codes for a value, the value + 128 being 16 * the first + the second.
-#define QTP_INLINE inline __attribute__((always_inline))
-
-namespace qtp {
-namespace QTP_ISA {
-namespace {
 
 constexpr size_t kCodes = kSparseGroup / 2;     // bytes of a group
-constexpr size_t kCacheBytes = 384 * 1024;      // of prepared tokens, to stay in a core's second cache
-constexpr size_t kMostTokens = 256;
 constexpr size_t kTurned = 8;                   // tokens whose values in a column lie side by side
 constexpr size_t kAhead = 4096;                 // bytes that memory is asked for before they are needed
 
@@ -40,7 +33,11 @@ QTP_INLINE __m256i half(V x) { return x; }
 // acc + the products of codes, which are unsigned, with x. Sums are int32 with VNNI. Otherwise they are int16, which holds 8 sums of
 // two products (8 * 2 * 15 * 128 = 30720), until `settled` adds them to the int32 ones.
 #if QTP_VNNI
+#if QTP_AVX512
 QTP_INLINE V add(V acc, V codes, V x) { return _mm512_dpbusd_epi32(acc, codes, x); }
+#else
+QTP_INLINE V add(V acc, V codes, V x) { return _mm256_dpbusd_avx_epi32(acc, codes, x); }
+#endif
 QTP_INLINE V settled(V, V acc) { return acc; }
 QTP_INLINE V rest(V acc) { return acc; }
 #elif QTP_AVX512
@@ -186,35 +183,56 @@ QTP_INLINE void outliers(const uint8_t* counts, size_t rows, const int8_t* x, si
   for (size_t r = 0; r < rows; ++r) sums[r] = running[ends[r]] - running[r > 0 ? ends[r - 1] : 0];
 }
 
-// Tokens that lie ready: `laid` in groups, the last one's halves apart as those of its codes are, and padded with zeros; `turned`
-// [kTurned tokens at a time][k][kTurned]; total[t] = the sum of a token's x.
-struct Tokens {
-  size_t count;
-  const int8_t* laid;
-  size_t pitch;
-  int8_t* turned;
-  int32_t* total;
-};
-
 QTP_INLINE size_t padded(size_t k) { return (k + kSparseGroup - 1) / kSparseGroup * kSparseGroup; }
 
-QTP_INLINE void lay(const int8_t* x, size_t k, int8_t* to) {
-  const size_t whole = k / kSparseGroup * kSparseGroup, half = (k - whole + 1) / 2;
-  __builtin_memcpy(to, x, whole);
-  if (whole == k) return;
-  __builtin_memset(to + whole, 0, kSparseGroup);
-  __builtin_memcpy(to + whole, x + whole, half);
-  __builtin_memcpy(to + whole + kCodes, x + whole + half, k - whole - half);
-}
+// Tokens that lie ready in memory of `bytes`, 64 of which are aligned. total[t] = the sum of a token's x; laid: rows of groups, the
+// last one's halves apart as those of its codes are, and padded with zeros; turned: x for the outliers, of one token [k], of more
+// [kTurned tokens at a time][k][kTurned].
+struct Tokens {
+  static constexpr size_t kApart = 64;  // bytes; keeps rows off the same sets of a cache
 
-QTP_INLINE void turn(const int8_t* x, size_t x_stride, size_t count, size_t k, int8_t* to) {
-  for (size_t t = 0; t < kTurned; ++t) {
-    if (t < count)
-      for (size_t i = 0; i < k; ++i) to[i * kTurned + t] = x[t * x_stride + i];
+  size_t count, k, room, pitch;
+  int32_t* total;
+  int8_t *laid, *turned;
+
+  Tokens(const Sparse& sparse, size_t count, void* memory)
+      : count(count), k(sparse.k), room(count > 1 ? (count + kTurned - 1) / kTurned * kTurned : 1), pitch(padded(k) + kApart),
+        total(static_cast<int32_t*>(memory)), laid(reinterpret_cast<int8_t*>(total + (room + 15) / 16 * 16)),
+        turned(laid + count * pitch) {}
+
+  size_t bytes() const { return (size_t(turned + room * k - reinterpret_cast<int8_t*>(total)) + 63) / 64 * 64; }
+
+  // Of token t there is x, one number after the other.
+  QTP_INLINE void finish(size_t t) const {
+    int8_t* row = laid + t * pitch;
+    int32_t sum = 0;
+    for (size_t i = 0; i < k; ++i) sum += row[i];
+    total[t] = sum;
+    if (count == 1)
+      __builtin_memcpy(turned, row, k);
     else
-      for (size_t i = 0; i < k; ++i) to[i * kTurned + t] = 0;
+      for (size_t i = 0; i < k; ++i) turned[(t / kTurned * k + i) * kTurned + t % kTurned] = row[i];
+    const size_t whole = k / kSparseGroup * kSparseGroup, rest = k - whole, half = (k - whole + 1) / 2;
+    if (rest == 0) return;
+    __builtin_memset(row + k, 0, kSparseGroup - rest);
+    __builtin_memmove(row + whole + kCodes, row + whole + half, rest - half);
+    __builtin_memset(row + whole + half, 0, kCodes - half);
   }
-}
+};
+
+// What a thread needs for itself. running: sums of outliers; got, more: kSparseBlock sums a token.
+struct Work {
+  int32_t *running, *got, *more;
+  size_t bytes;
+
+  Work(const Sparse& sparse, const Tokens& tokens, void* memory) {
+    const size_t sums = (kSparseBlock * sparse.code_row() / 3 + 1) * (tokens.count > 1 ? kTurned : 1);
+    running = static_cast<int32_t*>(memory);  // aligned vectors
+    got = running + (sums + 15) / 16 * 16;
+    more = got + tokens.room * kSparseBlock;
+    bytes = size_t(more + tokens.room * kSparseBlock - running) * sizeof(int32_t);
+  }
+};
 
 template <int R, int T, bool Ahead>
 QTP_INLINE void tile_of(size_t here, const uint8_t* const* rows, const int8_t* x, size_t pitch, size_t groups, int32_t* into) {
@@ -251,19 +269,18 @@ QTP_INLINE void all_products(const uint8_t* codes, size_t rows, const Sparse& sp
     products<kRows, kTokens>(codes, rows, sparse, tokens, into);
 }
 
-// A block's rows of all tokens. got, more: memory for kSparseBlock sums a token; running: for those of the outliers.
+// work.got[t * kSparseBlock + r] = row r of a block with token t, modulo 2^32.
 template <class Item>
-QTP_INLINE void block_rows(const Sparse& sparse, size_t block, const Tokens& tokens, int32_t* got, int32_t* more,
-                           int32_t* running, int32_t* out, size_t out_stride) {
+void block_of(const Sparse& sparse, size_t block, const Tokens& tokens, const Work& work) {
   const size_t rows = sparse.rows_in(block), code_bytes = rows * sparse.code_row();
   const uint8_t* codes = sparse.block(block);
   const bool wide = sparse.wide(block);
+  int32_t *got = work.got, *more = work.more;
   all_products(codes, rows, sparse, tokens, got);
   if (wide) {
     all_products(codes + code_bytes, rows, sparse, tokens, more);
     for (size_t i = 0; i < tokens.count * kSparseBlock; ++i) got[i] = 16 * got[i] + more[i];
   }
-  out += block * kSparseBlock;
   for (size_t first = 0; first < tokens.count; first += kTurned) {
     const size_t count = tokens.count - first < kTurned ? tokens.count - first : kTurned;
     Eight32 added[kSparseBlock];
@@ -271,60 +288,20 @@ QTP_INLINE void block_rows(const Sparse& sparse, size_t block, const Tokens& tok
       for (size_t r = 0; r < rows; ++r) added[r] = Eight32{};
     } else if (tokens.count == 1) {
       int32_t one[kSparseBlock];
-      outliers<Item, int32_t>(codes + code_bytes, rows, tokens.turned, 1, running, one);
+      outliers<Item, int32_t>(codes + code_bytes, rows, tokens.turned, 1, work.running, one);
       for (size_t r = 0; r < rows; ++r) added[r] = Eight32{one[r]};
     } else {
       const int8_t* x = tokens.turned + first * sparse.k;
-      outliers<Item, Eight32>(codes + code_bytes, rows, x, kTurned, reinterpret_cast<Eight32*>(running), added);
+      outliers<Item, Eight32>(codes + code_bytes, rows, x, kTurned, reinterpret_cast<Eight32*>(work.running), added);
     }
     for (size_t t = 0; t < count; ++t) {
       const int32_t less = (wide ? 128 : 8) * tokens.total[first + t];
-      const int32_t* from = got + (first + t) * kSparseBlock;
-      int32_t* to = out + (first + t) * out_stride;
-      for (size_t r = 0; r < rows; ++r) to[r] = from[r] - less + added[r][t];
+      int32_t* to = got + (first + t) * kSparseBlock;
+      for (size_t r = 0; r < rows; ++r) to[r] = to[r] - less + added[r][t];
     }
   }
 }
 
-}  // namespace
-
-void run(const Sparse& sparse, const int8_t* x, size_t tokens, size_t x_stride, int32_t* out, size_t out_stride, Range blocks) {
-  const size_t k = sparse.k, pitch = padded(k);
-  const bool ready = pitch == k;
-  size_t most = kCacheBytes / (pitch + k + 1) / kTurned * kTurned;
-  most = most > kMostTokens ? kMostTokens : most < kTurned ? kTurned : most;
-  most = most > tokens ? tokens : most;
-  const size_t lanes = most > 1 ? kTurned : 1, room = (most + lanes - 1) / lanes * lanes;
-  const size_t running = (kSparseBlock * sparse.code_row() / 3 + 1) * lanes;
-  const size_t numbers = room * (2 * kSparseBlock + 1) + running;
-  int32_t* sums = static_cast<int32_t*>(scratch(numbers * sizeof(int32_t) + most * pitch + room * k + 64));  // first: of aligned vectors
-  int32_t *got = sums + running, *more = got + room * kSparseBlock, *total = more + room * kSparseBlock;
-  int8_t *laid = reinterpret_cast<int8_t*>(total + room), *turned = laid + most * pitch;
-  for (size_t first = 0; first < tokens; first += most) {
-    const size_t count = tokens - first < most ? tokens - first : most;
-    const int8_t* here = x + first * x_stride;
-    for (size_t t = 0; t < count; ++t) {
-      int32_t sum = 0;
-      for (size_t i = 0; i < k; ++i) sum += here[t * x_stride + i];
-      total[t] = sum;
-      if (!ready) lay(here + t * x_stride, k, laid + t * pitch);
-    }
-    Tokens ready_tokens{count, ready ? here : laid, ready ? x_stride : pitch, turned, total};
-    if (count == 1)
-      __builtin_memcpy(turned, here, k);
-    else
-      for (size_t t = 0; t < count; t += kTurned)
-        turn(here + t * x_stride, x_stride, count - t < kTurned ? count - t : kTurned, k, turned + t * k);
-    for (size_t block = blocks.begin; block < blocks.end; ++block) {
-      int32_t* to = out + first * out_stride;
-      if (sparse.item() == 2)
-        block_rows<uint16_t>(sparse, block, ready_tokens, got, more, sums, to, out_stride);
-      else
-        block_rows<uint32_t>(sparse, block, ready_tokens, got, more, sums, to, out_stride);
-    }
-  }
+QTP_INLINE void block_rows(const Sparse& sparse, size_t block, const Tokens& tokens, const Work& work) {
+  sparse.item() == 2 ? block_of<uint16_t>(sparse, block, tokens, work) : block_of<uint32_t>(sparse, block, tokens, work);
 }
-
-}  // namespace QTP_ISA
-}  // namespace qtp
-#undef QTP_INLINE

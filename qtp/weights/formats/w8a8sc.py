@@ -1,6 +1,8 @@
 """W8A8SC: W8A8S whose weights each rank compressed after they were cut (docs/w8a8sc.md)."""
 
+import importlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from qtp.layout.spec import COMPRESSED, Spec
 from qtp.layout.split import Grid
@@ -8,19 +10,35 @@ from qtp.weights.formats.format import Linear, Tensors
 from qtp.weights.formats.w8a8 import activations, static_specs, whole_quant_bias
 from qtp.weights.quantized import W8A8SC
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 class W8A8SCFormat:
     def specs(self, linear: Linear) -> Sequence[Spec]:
         return linear.weight(COMPRESSED), *static_specs(linear)
 
     def assemble(self, linear: Linear, tensors: Tensors, rank: int, grid: Grid) -> Sequence[W8A8SC]:
-        """One weight for each part, since each is a stream of its own."""
+        """One weight for each stream and for each scale of activations in it."""
         quant_bias, deq_scale = whole_quant_bias(linear, tensors), tensors[f"{linear.own}.deq_scale"]
-        activations(linear, tensors, rank, grid)
-        scales, offsets = (tensors[f"{linear.own}.{name}"].tolist() for name in ("input_scale", "input_offset"))
-        weights = []
-        for i, rows in enumerate(linear.rows(rank, grid)):
+        scales = activations(linear, tensors, rank, grid)
+        weights: list[W8A8SC] = []
+        first, i = 0, 0
+        while f"{linear.own}.weight.{i}.info" in tensors:
             data, index, info = (tensors[f"{linear.own}.weight.{i}.{name}"] for name in ("data", "index", "info"))
-            some = slice(rows.start, rows.stop)
-            weights.append(W8A8SC(data, index, info, scales[i], offsets[i], quant_bias[some], deq_scale[some]))
+            end = first + int(info[1])
+            for rows, scale, offset in scales:
+                some = slice(max(first, rows.start), min(end, rows.stop))
+                if some.start < some.stop or not len(deq_scale):
+                    part = _rows((data, index, info), some.start - first, some.stop - first)
+                    weights.append(W8A8SC(*part, scale, offset, quant_bias[some], deq_scale[some]))
+            first, i = end, i + 1
         return weights
+
+
+def _rows(stream: "tuple[Tensor, Tensor, Tensor]", start: int, stop: int) -> "tuple[Tensor, Tensor, Tensor]":
+    """Parts with other scales begin where streams were joined, at a multiple of 16."""
+    if (start, stop) == (0, int(stream[2][1])):
+        return stream
+    part: tuple[Tensor, Tensor, Tensor] = importlib.import_module("qtp.weights.codec").cut(*stream, start, stop)  # it needs torch
+    return part
