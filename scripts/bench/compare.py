@@ -1,7 +1,7 @@
 """Speed against transformers, llama.cpp and vLLM, and against what memory and cores allow, in interleaved rounds of one run.
 
     python scripts/bench/compare.py --model DIR [--python-llama PATH] [--python-vllm PATH] [--python-picture PATH]
-        [--peers NAME ...] [--cases NAME ...] [--rounds 5] [--threads 2] [--json FILE] [--picture FILE]
+        [--quantized NAME=DIR ...] [--peers NAME ...] [--cases NAME ...] [--rounds 5] [--threads 2] [--json FILE] [--picture FILE]
 
 Make the checkpoint with scripts/make_checkpoint.py --like qwen2-0.5b --dtype bfloat16. Each engine is a process of its own (two
 for this project and for vLLM: tp 1 with all threads, and tp 2 with half of them each; one more for --deterministic), in its own
@@ -10,12 +10,22 @@ engine before is quiet, and the processor time of those that wait is measured; m
 the same random prompts, the same bfloat16 weights (for llama.cpp written as a BF16 GGUF beside the checkpoint, once), and
 decode greedily, without prefix caching.
 
+--quantized adds this project at tp 2 (qtp-tp2-NAME; with qtp-tp1 among the peers qtp-tp1-NAME too) on folders that qtp.quantize
+and qtp.sparse_compressor made of the same checkpoint: w8a8=DIR w8a8sc=DIR kv8=DIR are the names that the ratios at the end are
+of. Against them are llama-q8_0 and llama-q4_0, beside the BF16 file, made by llama.cpp once: in Q8_0 are all its matrices, in
+Q4_0 all but the head, which is the embedding where they are tied and has Q6_K, or Q8_0 where its rows are no multiple of 256
+(Qwen2-0.5B); vectors stay float32, K and V float16 (quantize_gguf.py). This project's embedding, head and the layers that
+the description of the folder calls FLOAT stay bfloat16: the bytes of a step tell. Quantized engines may choose other tokens; only
+those of the same weights are held against each other.
+
 Decode is in tokens a second of all sequences together, from when all of them have their first token until one has its last;
 prefill in prompt tokens a second, until all have their first token. The limit is taken in each turn of the rounds too: for decode
 the bytes a step must read (weights once, of routed experts those in use; KV of every sequence) at the speed of a plain read; for
-prefill its multiplications at the speed of a large matrix product, in bfloat16, or in float32 where that is faster. Figures are
-medians over rounds; "of limit" and "ratio" are medians of the ratios within each round, since the machine's own speed drifts
-between rounds. --picture draws from the JSON; scripts/bench/picture.py does so again.
+prefill its multiplications at the speed of a large matrix product, in bfloat16, or in float32 where that is faster. The limit in
+the table is that of the bfloat16 checkpoint; "of limit" is of each engine's own, for decode by the bytes of its weights as they
+are stored (int8, compressed streams, scales, the rest in float; GGUF tensors) and of its K and V: "MB a step". For prefill all
+have the same. Figures are medians over rounds; "of limit" and "ratio" are medians of the ratios within each round, since the
+machine's own speed drifts between rounds. --picture draws from the JSON; scripts/bench/picture.py does so again.
 
 An engine that is not installed is left out with a line that says so. None is a dependency of this project:
 
@@ -32,20 +42,21 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this folder holds another collectives.py
 
 from peers import Settings
+from results import LIMIT, ratios, show
 from work import Work
 
 HERE = Path(__file__).resolve().parent
@@ -53,8 +64,9 @@ QTP, TRANSFORMERS, LLAMA, VLLM = "qtp", "transformers", "llama", "vllm"
 EXACT = "qtp-tp2-deterministic"
 PEERS = {"qtp-tp1": (QTP, 1), "qtp-tp2": (QTP, 2), EXACT: (QTP, 2), "transformers": (TRANSFORMERS, 1), "llama": (LLAMA, 1)}
 PEERS |= {"vllm-tp1": (VLLM, 1), "vllm-tp2": (VLLM, 2)}
+QUANTIZED = {"llama-q8_0": "q8_0", "llama-q4_0": "q4_0"}  # what they read, as quantize_gguf.py calls it
+BF16 = "bf16"
 NEEDS = {QTP: "torch", TRANSFORMERS: "transformers", LLAMA: "llama_cpp", VLLM: "vllm"}
-LIMIT = "limit"
 LONG = 16384  # a prompt that is measured on demand only: it takes a minute a turn
 IDLE_LIMIT, STRANGERS_LIMIT = 0.02, 0.1  # of a core
 QUIET_S, PATIENCE_S = 0.1, 5.0
@@ -87,17 +99,40 @@ def cases(new: int) -> dict[str, Case]:
     return {case.name: case for case in made}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engine:
+    """What is to run. weights: which ones, BF16 or a word for those that are quantized; folder: where they are."""
+
+    name: str
+    kind: str
+    tp: int
+    weights: str
+    folder: Path
+
+
+def engines(args: argparse.Namespace) -> list[Engine]:
+    """In the order of their turns, the quantized ones of this project last."""
+    made = []
+    for name in args.peers:
+        kind, tp = PEERS.get(name, (LLAMA, 1))
+        made.append(Engine(name=name, kind=kind, tp=tp, weights=QUANTIZED.get(name, BF16), folder=args.model))
+    for word, folder in args.quantized.items():
+        for tp in (1, 2) if "qtp-tp1" in args.peers else (2,):
+            made.append(Engine(name=f"qtp-tp{tp}-{word}", kind=QTP, tp=tp, weights=word, folder=folder))
+    return made
+
+
 class PeerFailed(Exception):
     """The worker ended; the message is one line and names its log."""
 
 
 class Peer:
-    """A worker process (peers.py), asked over pipes. Its standard error goes to `log`."""
+    """A worker process (peers.py), asked over pipes. Its standard error goes to `log`. work: of the weights that it reads."""
 
-    def __init__(self, name: str, kind: str, python: str, settings: Settings, log: Path, env: dict[str, str]) -> None:
-        self.name, self.log = name, log
+    def __init__(self, engine: Engine, python: str, settings: Settings, work: Work, log: Path, env: dict[str, str]) -> None:
+        self.name, self.weights, self.log = engine.name, engine.weights, log
         self.busy = self.waited = 0.0
-        command = [python, str(HERE / "peers.py"), kind, json.dumps(asdict(settings))]
+        command = [python, str(HERE / "peers.py"), engine.kind, json.dumps(asdict(settings))]
         begin = time.perf_counter()
         with log.open("w") as errors:
             self._process = subprocess.Popen(
@@ -113,10 +148,12 @@ class Peer:
         assert self._process.stdout is not None
         self._requests, self._replies = self._process.stdin, self._process.stdout
         try:
-            self.about: str = self._reply()["about"]
+            hello = self._reply()
         except BaseException:
             self.close()
             raise
+        self.about: str = hello["about"]
+        self.work = work if hello.get("weights") is None else replace(work, dense=hello["weights"])
         self.load_s = time.perf_counter() - begin
 
     def ask(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
@@ -215,6 +252,11 @@ def turn(peer: Peer, peers: list[Peer], strangers: Strangers, prompts: list[list
     return reply
 
 
+def step_bytes(peer: Peer, case: Case) -> float:
+    """What a decode step of this peer must read on the average."""
+    return peer.work.step_bytes(case.batch, case.length + case.new / 2)
+
+
 def measure(
     everyone: list[Peer], chosen: list[Case], rounds: int, work: Work, strangers: Strangers
 ) -> dict[str, dict[str, list[float]]]:
@@ -231,7 +273,7 @@ def measure(
                     speed = (
                         reply["product"] / work.prefill_operations(case.batch, case.length) * case.batch * case.length
                         if case.prefill
-                        else case.batch * reply["read"] / work.step_bytes(case.batch, case.length + case.new / 2)
+                        else case.batch * reply["read"] / step_bytes(limit, case)
                     )
                 elif case.prefill:
                     speed = case.batch * case.length / reply["first"]
@@ -242,35 +284,12 @@ def measure(
                 elif peer is not limit:
                     heard.setdefault(peer.name, []).extend(ids[0] for ids in reply["ids"])
         print(f"round {number} of {rounds}{'' if number else ' (to warm up)'} is done", file=sys.stderr, flush=True)
-    reference, first = next(iter(heard.items()))
-    for name, ids in heard.items():
-        same = sum(a == b for a, b in zip(first, ids, strict=True))
-        if 2 * same < len(first):
-            print(f"warning: {name} chose the first token of {reference} in {same} of {len(first)} sequences")
+    for peer in everyone[1:]:
+        reference = next(other.name for other in everyone[1:] if other.weights == peer.weights)
+        same = sum(a == b for a, b in zip(heard[reference], heard[peer.name], strict=True))
+        if 2 * same < len(heard[reference]):
+            print(f"warning: {peer.name} chose the first token of {reference} in {same} of {len(heard[reference])} sequences")
     return figures
-
-
-def summary(values: list[float], limits: list[float]) -> dict[str, Any]:
-    of_limit = statistics.median(value / limit for value, limit in zip(values, limits, strict=True))
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "of_limit": of_limit, "all": values}
-
-
-def show(figures: dict[str, dict[str, list[float]]], base: str) -> dict[str, Any]:
-    """Prints the table. Returns its content, for the JSON."""
-    report = {}
-    for case, speeds in figures.items():
-        rows = {name: summary(values, speeds[LIMIT]) for name, values in speeds.items()}
-        report[case] = rows
-        print(f"\n{case:20} {'tokens/s':>10} {'min':>10} {'max':>10} {'of limit':>9}  {base} is")
-        for name, row in rows.items():
-            ratio = statistics.median(ours / theirs for ours, theirs in zip(speeds[base], speeds[name], strict=True))
-            row["ratio"] = ratio
-            against = "" if name == base else f"{ratio:5.2f} times this"
-            print(f"  {name:18} {row['median']:10.1f} {row['min']:10.1f} {row['max']:10.1f} {row['of_limit']:9.2f}  {against}")
-        rivals = {name: row for name, row in rows.items() if name.startswith(VLLM)}
-        if len(rivals) > 1:
-            print(f"  vLLM's best here is {max(rivals, key=lambda name: rivals[name]['median'])}")
-    return report
 
 
 def missing(python: str, module: str) -> bool:
@@ -292,45 +311,56 @@ def vllm_env(python: str, tp: int, threads: int) -> dict[str, str]:
     return {"VLLM_CPU_OMP_THREADS_BIND": bound, "LD_PRELOAD": ":".join(map(str, found)), **quiet}
 
 
-def gguf(model: Path, python: str) -> Path:
-    """The checkpoint as a BF16 GGUF file beside its folder, written if it is not there or older."""
-    out = model.parent / f"{model.name}.bf16.gguf"
-    newest = max(file.stat().st_mtime for file in model.iterdir())
-    if not out.exists() or out.stat().st_mtime < newest:
-        command = [python, str(HERE / "write_gguf.py"), "--model", str(model), "--out", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+def gguf(model: Path, python: str, weights: str) -> Path:
+    """The checkpoint as a GGUF file beside its folder, written if it is not there or older; quantized from the BF16 one."""
+    out = model.parent / f"{model.name}.{weights}.gguf"
+    if weights == BF16:
+        sources, command = list(model.iterdir()), [python, str(HERE / "write_gguf.py"), "--model", str(model), "--out", str(out)]
+    else:
+        sources = [gguf(model, python, BF16)]
+        command = [python, str(HERE / "quantize_gguf.py"), str(sources[0]), str(out), weights]
+    if not out.exists() or out.stat().st_mtime < max(file.stat().st_mtime for file in sources):
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode != 0:
             raise PeerFailed(f"no GGUF file could be written: {(done.stderr.strip() or 'no word why').splitlines()[-1]}")
     return out
 
 
-def start(args: argparse.Namespace, chosen: list[Case], logs: Path) -> list[Peer]:
-    """The workers of the limit and of every peer that can run, in this order. Prints a line for each, or why it is left out."""
+def start(args: argparse.Namespace, chosen: list[Case], base: Work, logs: Path) -> list[Peer]:
+    """The workers of the limit and of every engine that can run, in this order. Prints a line for each, or why it is left out."""
     pythons = {QTP: sys.executable, TRANSFORMERS: args.python_transformers, LLAMA: args.python_llama, VLLM: args.python_vllm}
-    tokens = max(case.batch * (case.length + case.new) for case in chosen)
-    sizes = {
-        "model": str(args.model),
-        "threads": args.threads,
-        "max_num_seqs": max(case.batch for case in chosen),
-        "max_model_len": -(-max(case.length + case.new for case in chosen) // 128) * 128,
-        "kv_tokens": tokens + 128 * max(case.batch for case in chosen),
-        "max_num_batched_tokens": args.batched_tokens,
-    }
-    started = [Peer(LIMIT, LIMIT, sys.executable, Settings(**sizes, tp=1, gguf=""), logs / "limit.log", {})]
-    for name in args.peers:
-        kind, tp = PEERS[name]
-        python = pythons[kind]
+    tokens = max(case.batch * (case.length + case.new) for case in chosen) + 128 * max(case.batch for case in chosen)
+
+    def settings(engine: Engine, work: Work, file: str = "") -> Settings:
+        return Settings(
+            model=str(engine.folder),
+            gguf=file,
+            tp=engine.tp,
+            threads=args.threads,
+            max_num_seqs=max(case.batch for case in chosen),
+            max_model_len=-(-max(case.length + case.new for case in chosen) // 128) * 128,
+            kv_bytes=int(work.kv_bytes(tokens)),
+            max_num_batched_tokens=args.batched_tokens,
+            deterministic=engine.name == EXACT,
+        )
+
+    limit = Engine(name=LIMIT, kind=LIMIT, tp=1, weights=BF16, folder=args.model)
+    started = [Peer(limit, sys.executable, settings(limit, base), base, logs / "limit.log", {})]
+    for engine in engines(args):
+        python, kind = pythons[engine.kind], engine.kind
         try:
             if missing(python, NEEDS[kind]):
                 raise PeerFailed(f"{python} has no {NEEDS[kind]}; see the installation in --help, then give --python-{kind}")
-            file = str(gguf(args.model, python)) if kind == LLAMA else ""
-            env = vllm_env(python, tp, args.threads) if kind == VLLM else {}
-            settings = Settings(**sizes, tp=tp, gguf=file, deterministic=name == EXACT)
-            started.append(Peer(name, kind, python, settings, logs / f"{name}.log", env))
-            print(f"{name}: {started[-1].about}; ready after {started[-1].load_s:.1f} s", flush=True)
+            work = base if engine.folder == args.model else Work.of(engine.folder, engine.tp)
+            if work.shape != base.shape:
+                raise PeerFailed(f"{engine.folder}: was not made of {args.model}, for its sizes are others")
+            file = str(gguf(args.model, python, engine.weights)) if kind == LLAMA else ""
+            env = vllm_env(python, engine.tp, args.threads) if kind == VLLM else {}
+            started.append(Peer(engine, python, settings(engine, work, file), work, logs / f"{engine.name}.log", env))
+            print(f"{engine.name}: {started[-1].about}; ready after {started[-1].load_s:.1f} s", flush=True)
             settle(started[-1])
-        except PeerFailed as error:
-            print(f"{name} is left out: {error}", flush=True)
+        except (PeerFailed, ValueError) as error:
+            print(f"{engine.name} is left out: {error}", flush=True)
     return started
 
 
@@ -341,10 +371,21 @@ def picture(python: str, source: Path, out: Path) -> None:
         print(f"no picture: {said}; give --python-picture, an interpreter that has matplotlib")
 
 
+def quantized(text: str) -> tuple[str, Path]:
+    """NAME=DIR"""
+    name, _, folder = text.partition("=")
+    if not folder or re.fullmatch("[a-z0-9_]+", name) is None or name in (BF16, "deterministic", *QUANTIZED.values()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR with a NAME of small letters and digits such as w8a8")
+    return name, Path(folder).absolute()
+
+
 def parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", required=True, type=Path)
-    p.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="NAME", help=", ".join(PEERS))
+    names = [*PEERS, *QUANTIZED]
+    told = f"{', '.join(names)}; default: all, those of llama-q only with --quantized"
+    p.add_argument("--peers", nargs="+", choices=names, metavar="NAME", help=told)
+    p.add_argument("--quantized", nargs="+", type=quantized, default=[], metavar="NAME=DIR", help="w8a8=DIR, w8a8sc=DIR, kv8=DIR")
     p.add_argument("--cases", nargs="+", choices=list(cases(2)), metavar="NAME", help=", ".join(f"'{n}'" for n in cases(2)))
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--threads", type=int, default=2, help="of each engine, all its ranks together; an even number")
@@ -362,6 +403,10 @@ def parse() -> argparse.Namespace:
         p.error("--rounds must be at least 1 and --new at least 2")
     if args.threads % 2 or not 0 < args.threads <= len(os.sched_getaffinity(0)):
         p.error(f"--threads {args.threads} must be even, and at most the {len(os.sched_getaffinity(0))} cores that may be used")
+    if len(args.quantized) != len(dict(args.quantized)):
+        p.error("--quantized: two folders have the same name; give each its own")
+    args.quantized = dict(args.quantized)
+    args.peers = args.peers or [*PEERS, *(QUANTIZED if args.quantized else ())]
     known = cases(args.new)
     args.cases = [case for name, case in known.items() if name in (args.cases or [n for n in known if known[n].length < LONG])]
     return args
@@ -379,7 +424,7 @@ def main() -> None:
     everyone: list[Peer] = []
     strangers = Strangers()
     try:
-        everyone = start(args, args.cases, logs)
+        everyone = start(args, args.cases, work, logs)
         if len(everyone) == 1:
             sys.exit("no engine is left to measure")
         figures = measure(everyone, args.cases, args.rounds, work, strangers)
@@ -389,8 +434,10 @@ def main() -> None:
         for peer in everyone:
             peer.close()
     base = next((name for name in ("qtp-tp2", "qtp-tp1") if name in figures[args.cases[0].name]), everyone[1].name)
-    print(f"\n{args.model.name}, bfloat16, {args.threads} threads, medians of {args.rounds} rounds")
-    report = show(figures, base)
+    print(f"\n{args.model.name}, {args.threads} threads, medians of {args.rounds} rounds")
+    sizes = {case.name: {peer.name: step_bytes(peer, case) for peer in everyone} for case in args.cases if not case.prefill}
+    report = show(figures, sizes, base)
+    compared = ratios(figures, {peer.name: peer.work.weight_bytes(1) for peer in everyone})
     for peer in everyone:
         idle = peer.busy / peer.waited if peer.waited else 0.0
         if idle > IDLE_LIMIT:
@@ -399,8 +446,10 @@ def main() -> None:
     if taken > STRANGERS_LIMIT:
         print(f"warning: other programs took {taken:.0%} of a core during the turns; measure again on a quiet machine")
     about = {peer.name: {"about": peer.about, "load_s": peer.load_s, "idle": peer.busy / (peer.waited or 1)} for peer in everyone}
+    for peer in everyone:
+        about[peer.name] |= {"weights": peer.weights, "weight_bytes": peer.work.weight_bytes(1)}
     content = {"model": args.model.name, "threads": args.threads, "rounds": args.rounds, "new": args.new}
-    content |= {"base": base, "strangers": taken, "engines": about, "cases": report}
+    content |= {"base": base, "strangers": taken, "engines": about, "cases": report, "ratios": compared}
     if args.json is not None:
         args.json.write_text(json.dumps(content, indent=1))
     if args.picture is not None:

@@ -3,7 +3,8 @@
     PYTHON scripts/bench/peers.py NAME SETTINGS
 
 NAME is a key of PEERS, or limit; SETTINGS a JSON object of `Settings`. The worker loads the model and writes one JSON line,
-{"about": what it runs and how}. Then it answers each line {"prompts": token ids of each sequence, "max_tokens": n} with one line:
+{"about": what it runs and how, "weights": bytes of the weights that a decode step reads where the engine has a file of its own,
+else null}. Then it answers each line {"prompts": token ids of each sequence, "max_tokens": n} with one line:
 {"first": seconds from the call until every sequence has its first token, "seconds" and "tokens": the time from there until a
 sequence has its last one, and the tokens that all of them gained in it (0 where n is 1), "ids": what was generated}. The limit
 answers every line with {"read": bytes a second, "product": operations a second}. Sequences are decoded greedily to max_tokens.
@@ -31,7 +32,7 @@ _CALLBACKS: list[object] = []  # what native code may call until the process end
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
     """model: the checkpoint's folder; gguf: the same as a file; threads: of all ranks together; max_num_seqs, max_model_len: the
-    most that any case needs; kv_tokens: likewise, of all sequences together; max_num_batched_tokens: in one step."""
+    most that any case needs; kv_bytes: likewise, K and V of all sequences; max_num_batched_tokens: in one step."""
 
     model: str
     gguf: str
@@ -39,7 +40,7 @@ class Settings:
     threads: int
     max_num_seqs: int
     max_model_len: int
-    kv_tokens: int
+    kv_bytes: int
     max_num_batched_tokens: int
     deterministic: bool = False
 
@@ -49,7 +50,9 @@ def version(package: str) -> str:
 
 
 def qtp(settings: Settings) -> tuple[str, Run]:
-    """This project, with its defaults for all that is not a size."""
+    """This project, with its defaults for all that is not a size. The KV cache of a rank has room for all that the cases need, at
+    tp 2 for twice as much: with more, every turn would take memory that none had before, as the block that was freed longest ago
+    is given out first."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from qtp import LLM, SamplingParams
 
@@ -62,6 +65,7 @@ def qtp(settings: Settings) -> tuple[str, Run]:
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        kv_cache_gib=settings.kv_bytes / 2**30,
         deterministic=settings.deterministic,
     )
 
@@ -182,8 +186,23 @@ def llama(settings: Settings) -> tuple[str, Run]:
         return [steps] * len(prompts), [list(each) for each in zip(*ids, strict=True)]
 
     features = lib.llama_print_system_info().decode()
-    used = ", ".join(name for name in ("AVX512_BF16", "AMX_BF16", "LLAMAFILE", "OPENMP") if f"{name} = 1" in features)
-    return f"{version('llama_cpp_python')}, BF16, {settings.threads} threads, {used}", run
+    known = ("AVX2", "AVX_VNNI", "AVX512", "AVX512_VNNI", "AVX512_BF16", "AMX_INT8", "AMX_BF16", "REPACK", "LLAMAFILE", "OPENMP")
+    used = ", ".join(name for name in known if f" {name} = 1" in features)
+    types = ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, size in stored(settings.gguf).items())
+    return f"{version('llama_cpp_python')}, {types}, {settings.threads} threads, {used}", run
+
+
+def stored(gguf: str) -> dict[str, int]:
+    """Bytes by type of the tensors of a GGUF file that a decode step reads: the embedding counts only if it is the head too."""
+    from gguf import GGUFReader  # type: ignore[import-not-found]
+
+    tensors = GGUFReader(gguf).tensors
+    headed = any(tensor.name == "output.weight" for tensor in tensors)
+    sizes = dict[str, int]()
+    for tensor in tensors:
+        if not (headed and tensor.name == "token_embd.weight"):
+            sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
+    return sizes
 
 
 def vllm(settings: Settings) -> tuple[str, Run]:
@@ -192,9 +211,6 @@ def vllm(settings: Settings) -> tuple[str, Run]:
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
     from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
 
-    config = json.loads((Path(settings.model) / "config.json").read_text())
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    kv_bytes = settings.kv_tokens * config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * head_dim * 2
     llm = LLM(
         settings.model,
         tensor_parallel_size=settings.tp,
@@ -205,7 +221,7 @@ def vllm(settings: Settings) -> tuple[str, Run]:
         max_model_len=settings.max_model_len,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         enable_prefix_caching=False,
-        kv_cache_memory_bytes=2 * kv_bytes // settings.tp + (64 << 20),
+        kv_cache_memory_bytes=2 * settings.kv_bytes // settings.tp + (64 << 20),
         disable_log_stats=True,
     )
     engine, numbers = llm.llm_engine, iter(range(1 << 62))
@@ -299,7 +315,7 @@ def main() -> None:
         serve_limit(settings, reply)
         return
     about, run = PEERS[name](settings)
-    reply({"about": about})
+    reply({"about": about, "weights": sum(stored(settings.gguf).values()) if settings.gguf else None})
     for line in sys.stdin:
         request = json.loads(line)
         begin = time.perf_counter()

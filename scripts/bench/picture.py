@@ -1,5 +1,5 @@
-"""Draws what compare.py measured: a panel a case, a bar an engine (median; whiskers from the slowest to the fastest round), and
-the limit as a line.
+"""Draws what compare.py measured: a panel a case, a bar an engine (median; whiskers from the slowest to the fastest round), the
+limit of bfloat16 as a line, and that of an engine whose weights or cache are quantized as a mark on its bar's height.
 
     python scripts/bench/picture.py JSON OUT
 
@@ -22,9 +22,17 @@ LABELS = {
     "qtp-tp2-deterministic": "the same, deterministic",
     "transformers": "transformers",
     "llama": "llama.cpp",
+    "llama-q8_0": "llama.cpp, Q8_0",
+    "llama-q4_0": "llama.cpp, Q4_0",
     "vllm-tp1": "vLLM, tp 1",
     "vllm-tp2": "vLLM, tp 2",
 }
+
+
+def label(name: str) -> str:
+    """As a reader knows it; quantized engines of this project are called qtp-tpN-WORD."""
+    kind, _, word = name.rpartition("-")
+    return LABELS.get(name) or f"{LABELS[kind]}, {word}"
 
 
 def main() -> None:
@@ -37,7 +45,7 @@ def main() -> None:
     for panel in panels.flat[len(cases) :]:
         panel.set_visible(False)
     for panel, (case, speeds) in zip(panels.flat, cases.items(), strict=False):
-        names = [name for name in LABELS if name in speeds]
+        names = [name for name in LABELS if name in speeds] + [name for name in speeds if name not in (*LABELS, "limit")]
         low, medians, high = ([speeds[name][key] for name in names] for key in ("min", "median", "max"))
         whiskers = [[m - x for m, x in zip(medians, low, strict=True)], [x - m for m, x in zip(medians, high, strict=True)]]
         places = range(len(names))[::-1]
@@ -50,18 +58,26 @@ def main() -> None:
         )
         limit = speeds["limit"]["median"]
         panel.axvline(limit, color="#9e2a2b", linestyle="--", linewidth=1.2)
-        right = max(limit, *high)
+        own = [(place, speeds[name]["limit"]) for place, name in zip(places, names, strict=True)]
+        marked = [(place, value) for place, value in own if value > 1.01 * limit]
+        panel.scatter([x for _, x in marked], [place for place, _ in marked], marker="|", s=160, color="#9e2a2b", linewidths=1.6)
+        right = max(limit, *high, *(value for _, value in marked))
         panel.set_xlim(0, 1.18 * right)
         for place, value, end in zip(places, medians, high, strict=True):
             panel.text(end + 0.015 * right, place, f"{value:,.0f}", fontsize=8, va="center")
-        panel.set_yticks(places, [LABELS[name] for name in names], fontsize=8)
+        panel.set_yticks(places, [label(name) for name in names], fontsize=8)
         panel.tick_params(axis="x", labelsize=8)
         kind, _, shape = case.partition(" ")
         batch, _, length = shape.partition("x")
         panel.set_title(f"{kind}, {batch} x {length} tokens of prompt", fontsize=9)
         panel.spines[["top", "right"]].set_visible(False)
-    what = "dashed: what memory (decode) or cores (prefill) allow"
-    figure.suptitle(f"{report['model']}, bfloat16, {report['threads']} threads, tokens a second; {what}", fontsize=10)
+    quantized = any(engine["weights"] != "bf16" for engine in report["engines"].values())
+    what = "dashed: what memory (decode) or cores (prefill) allow" + (
+        " in bfloat16; red marks: the same for these bytes" * quantized
+    )
+    figure.suptitle(
+        f"{report['model']}{', bfloat16' * (not quantized)}, {report['threads']} threads, tokens a second; {what}", fontsize=10
+    )
     figure.savefig(out, dpi=150)
 
 
