@@ -399,6 +399,7 @@ CASES = {
     "w8a8-anti-mixed": Case(kind="W8A8", how={"anti": True, "choose": lambda n: "FLOAT" if n.endswith("v_proj") else ""}),
     "w8a8-mixed": Case(kind="W8A8", how={"choose": mixed}),
     "w8a8s": Case(kind="W8A8S"),
+    "w8a8s-apart": Case(kind="W8A8S", how={"apart": True}),
     "dynamic": Case(kind="W8A8_DYNAMIC"),
     "w8a16": Case(kind="W8A16"),
     "w8a16-64": Case(kind="W8A16", how={"group_size": 64}, config={"intermediate_size": 260, "moe_intermediate_size": 140}),

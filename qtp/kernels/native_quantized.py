@@ -134,16 +134,18 @@ class _Side:
 
 
 class _Linear:
-    __slots__ = ("_dtype", "_form", "_handle", "_outputs")
+    __slots__ = ("_dtype", "_form", "_handle", "_outputs", "_run")
 
     def __init__(self, weight: Quantized, norm: Norm | None = None, form: int = _RUN_DTYPE) -> None:
         self._handle, self._form = Handle(weight, norm), form
+        self._run = self._handle.native
         self._outputs = weight.shape[0] // (2 if form == _GATED else 1)
         self._dtype = torch.float32 if form == _FLOAT else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        out = torch.empty(x.shape[0], self._outputs, dtype=self._dtype or x.dtype)
-        self._handle.run(x, out, self._form)
+        tokens, outputs, dtype = x.shape[0], self._outputs, x.dtype
+        out = torch.empty(tokens, outputs, dtype=self._dtype or dtype)
+        self._run(DTYPES[dtype], x.data_ptr(), tokens, x.stride(0), 0, out.data_ptr(), outputs, self._form)
         return out
 
 
@@ -185,7 +187,7 @@ class Handle:
     """A weight in the words of the extension module, with what keeps its memory alive. Raises ValueError for a compressed one
     whose lengths or columns would lead out of it; `codec.check` says more."""
 
-    __slots__ = ("_columns", "_held", "_run")
+    __slots__ = ("_columns", "_held", "native")
 
     def __init__(self, weight: Quantized, norm: Norm | None = None) -> None:
         rows, columns = weight.shape
@@ -212,7 +214,7 @@ class Handle:
             groups = (scale.stride(0), weight.group, weight.phase if weight.group else 0)
             assert offset is None or offset.stride() == scale.stride(), "scale and offset lie alike"
         self._columns, self._held = columns, (weight, norm)
-        self._run = native.Int8Linear(
+        self.native = native.Int8Linear(
             *(kind, rows, columns, *place, input_scale, input_offset),
             *(_address(quant_bias), scale.data_ptr(), _address(offset), *groups, _address(bias)),
             *((0, 0, 0.0) if norm is None else (norm.weight.data_ptr(), _address(norm.bias), norm.eps)),
@@ -221,7 +223,8 @@ class Handle:
     def run(self, x: Tensor, out: Tensor, form: int, maxima: Tensor | None = None) -> None:
         """x [T, D], whose rows may lie apart, to out [T, N]."""
         assert x.shape[1] == self._columns, (x.shape, self._columns)
-        self._run(DTYPES[x.dtype], x.data_ptr(), x.shape[0], x.stride(0), _address(maxima), out.data_ptr(), out.stride(0), form)
+        place = (out.data_ptr(), out.stride(0))
+        self.native(DTYPES[x.dtype], x.data_ptr(), x.shape[0], x.stride(0), _address(maxima), *place, form)
 
 
 def normed(x: Tensor, norm: Norm) -> Tensor:

@@ -109,4 +109,7 @@ def mlp(shard: Shard, place: Place, own: str, norm: Norm) -> GatedMLP:
 
 
 def row_linear(shard: Shard, place: Place, name: str) -> RowOp:
-    return place.kernels.linear(shard[name], cuts=place.cuts.get(name), across=place.comm)
+    """Where there is one rank and no cuts, sums in integers are scaled at once: to the same bits as after a reduce."""
+    cuts = place.cuts.get(name)
+    across = None if cuts is None and place.comm.size == 1 else place.comm
+    return place.kernels.linear(shard[name], cuts=cuts, across=across)

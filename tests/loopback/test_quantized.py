@@ -41,9 +41,10 @@ def test_the_documented_arithmetic(made: Made, family: str, name: str, tp: int, 
 
 @pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize("tp", WORLDS)
+@pytest.mark.parametrize("name", ["w8a8s", "w8a8s-apart"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_moe"])
-def test_so_does_what_is_compressed(made: Made, family: str, tp: int, kernels: str) -> None:
-    folder, ids, logits = made(family, "w8a8s")
+def test_so_does_what_is_compressed(made: Made, family: str, name: str, tp: int, kernels: str) -> None:
+    folder, ids, logits = made(family, name)
     small = compressed(folder, folder.with_name(f"w8a8sc-{tp}"), tp)
     assert error(run_workers(small, tp, ids, kernels=kernels), logits) < 1e-4
     with pytest.raises(ValueError, match=rf"was cut for tp {tp}.*, not for tp 5.*qtp.reshard"):

@@ -8,6 +8,7 @@ import re
 import struct
 import sys
 import zlib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -281,3 +282,21 @@ def test_fuzz() -> None:
     found: list[str] = []
     fuzz_codec.fuzz(1500, 7, found)
     assert not found
+
+
+def test_joined_streams_are_those_of_the_whole() -> None:
+    """Bit for bit, where rows allow it; what stands behind other rows stays apart."""
+    generator = torch.Generator().manual_seed(11)
+    weight = torch.randint(-12, 12, (71, 200), generator=generator, dtype=torch.int8)
+    weight[20:40] = torch.randint(-128, 128, (20, 200), generator=generator, dtype=torch.int8)
+    for cuts, expected in (
+        ((0, 71), [(0, 71)]),
+        ((0, 16, 48, 71), [(0, 71)]),
+        ((0, 0, 32, 32, 71), [(0, 71)]),
+        ((0, 7, 39, 71), [(0, 7), (7, 71)]),
+        ((0, 32, 50, 71), [(0, 50), (50, 71)]),
+    ):
+        got = codec.joined([codec.compress(weight[a:b]) for a, b in pairwise(cuts)])
+        whole = [codec.compress(weight[a:b]) for a, b in expected]
+        assert len(got) == len(whole)
+        assert all(torch.equal(*parts) for pair in zip(got, whole, strict=True) for parts in zip(*pair, strict=True))
