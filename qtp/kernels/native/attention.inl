@@ -5,7 +5,11 @@ namespace {
 
 #include "vectors.inl"
 #include "attention_common.inl"
+#if QTP_AVX512
 #include "attention_floats.inl"
+#else
+#include "attention_narrow.inl"
+#endif
 #if QTP_BF16
 #include "attention_pairs.inl"
 #endif

@@ -1,5 +1,6 @@
-// Attention in float32, whatever the cache's dtype. Lanes are keys for the scores and elements of a head for the results. Keys
-// are turned over and both are made floats once a partition; a score is added up in order of elements, a result in order of keys.
+// Attention in float32, whatever the cache's dtype, for vectors of 16 lanes; for others see attention_narrow.inl. Lanes are keys for
+// the scores and elements of a head for the results. Keys are turned over and both are made floats once a partition; a score is
+// added up in order of elements, a result in order of keys.
 template <class E_, class Cached_ = E_>
 struct Floats {
   using E = E_;
@@ -40,7 +41,6 @@ struct Floats {
 
   // x[i][j] becomes x[j][i].
   static QTP_INLINE void turn_over(F* x) {
-#if QTP_AVX512
     const auto swap = [&](int distance, const int* low) __attribute__((always_inline)) {
       const __m512i from = _mm512_loadu_si512(low), other = _mm512_add_epi32(from, _mm512_set1_epi32(distance));
 #pragma GCC unroll 16
@@ -59,23 +59,6 @@ struct Floats {
     swap(4, k4);
     swap(2, k2);
     swap(1, k1);
-#else
-    typedef float Four __attribute__((vector_size(16)));
-    typedef int32_t Index __attribute__((vector_size(16)));
-    float from[kLanes * kLanes], to[kLanes * kLanes];
-    __builtin_memcpy(from, x, sizeof from);
-    for (size_t i = 0; i < kLanes; i += 4)
-      for (size_t j = 0; j < kLanes; j += 4) {
-        Four y[4];
-        for (size_t k = 0; k < 4; ++k) y[k] = read<Four>(from + (i + k) * kLanes + j);
-        const Four a = __builtin_shuffle(y[0], y[1], Index{0, 4, 1, 5}), b = __builtin_shuffle(y[2], y[3], Index{0, 4, 1, 5});
-        const Four c = __builtin_shuffle(y[0], y[1], Index{2, 6, 3, 7}), d = __builtin_shuffle(y[2], y[3], Index{2, 6, 3, 7});
-        const Four z[4] = {__builtin_shuffle(a, b, Index{0, 1, 4, 5}), __builtin_shuffle(a, b, Index{2, 3, 6, 7}),
-                           __builtin_shuffle(c, d, Index{0, 1, 4, 5}), __builtin_shuffle(c, d, Index{2, 3, 6, 7})};
-        for (size_t k = 0; k < 4; ++k) __builtin_memcpy(to + (j + k) * kLanes + i, &z[k], sizeof z[k]);
-      }
-    __builtin_memcpy(x, to, sizeof to);
-#endif
   }
 
   // keys: [kLanes keys][element][key]; values: [key][element]. What is behind the last that any row sees is 0.

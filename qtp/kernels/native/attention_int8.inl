@@ -7,7 +7,11 @@ namespace {
 
 #include "vectors.inl"
 #include "attention_common.inl"
+#if QTP_AVX512
 #include "attention_floats.inl"
+#else
+#include "attention_narrow.inl"
+#endif
 #include "attention_integers.inl"
 
 }  // namespace

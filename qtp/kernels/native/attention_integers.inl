@@ -32,27 +32,15 @@ QTP_INLINE Vector bytes(const int8_t* x, size_t n) {
 
 // x[i][j] becomes x[j][i]; lanes of 32 bits.
 QTP_INLINE void turn_words_over(I* x) {
-#if QTP_AVX2 && !QTP_AVX512
-  __m256i y[8];
-#pragma GCC unroll 2
-  for (int h = 0; h < 8; h += 4) {
-    const __m256i a = _mm256_unpacklo_epi32((__m256i)x[h], (__m256i)x[h + 1]), b = _mm256_unpackhi_epi32((__m256i)x[h], (__m256i)x[h + 1]);
-    const __m256i c = _mm256_unpacklo_epi32((__m256i)x[h + 2], (__m256i)x[h + 3]), d = _mm256_unpackhi_epi32((__m256i)x[h + 2], (__m256i)x[h + 3]);
-    y[h] = _mm256_unpacklo_epi64(a, c), y[h + 1] = _mm256_unpackhi_epi64(a, c);
-    y[h + 2] = _mm256_unpacklo_epi64(b, d), y[h + 3] = _mm256_unpackhi_epi64(b, d);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    x[i] = (I)_mm256_permute2x128_si256(y[i], y[i + 4], 0x20);
-    x[i + 4] = (I)_mm256_permute2x128_si256(y[i], y[i + 4], 0x31);
-  }
-#else
+#if QTP_AVX512
   F y[kLanes];
 #pragma GCC unroll 16
   for (size_t i = 0; i < kLanes; ++i) y[i] = (F)x[i];
   Floats<F32>::turn_over(y);
 #pragma GCC unroll 16
   for (size_t i = 0; i < kLanes; ++i) x[i] = (I)y[i];
+#else
+  turn_over(x);
 #endif
 }
 
