@@ -37,9 +37,7 @@ def test_what_two_ranks_compressed(family: str, tmp_path: Path) -> None:
         str(folder),
     ]
     command += ["--save_directory", str(small), "--save_split_w8a8s_dir", str(split), "--multiprocess_num", "2"]
-    done = subprocess.run(
-        [str(Path(sys.executable).with_name(command[0])), *command[1:]], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for made in (small, split):
         with open_llm(made, 2, communicator="auto", max_num_batched_tokens=64) as llm:
