@@ -91,7 +91,7 @@ def test_a_rank_loads_the_same_from_its_part_alone(whole: Whole, tmp_path: Path)
         for names in ("hf", "mindformers"):
             cut = reshard(folder, tmp_path / f"{moe_ep}x{moe_tp}-{names}", *flags, "--names", names)
             for rank in range(grid.size):
-                with Store(folder) as store, open_checkpoint(cut, grid, rank) as parts:
+                with Store(folder) as store, open_checkpoint(cut, "model", grid, rank) as parts:
                     theirs = load(store, specs, rank, grid, torch.float32, cpu)
                     ours = load(parts, specs, rank, grid, torch.float32, cpu)
                     assert list(theirs) == list(ours)

@@ -381,7 +381,7 @@ SPOILT = {
 def test_parts_that_are_not_as_they_were_written(how: str, parts: Path, capfd: pytest.CaptureFixture[str]) -> None:
     spoil(parts, how)
     with pytest.raises(ValueError, match=SPOILT[how]) as told:
-        open_checkpoint(parts, Grid.of(3), 0)
+        open_checkpoint(parts, "model", Grid.of(3), 0)
     assert "\n" not in str(told.value)
     assert str(parts) in str(told.value)
     line = refused(capfd, "--model", parts, "--verify")
@@ -425,18 +425,18 @@ def test_equality_with_the_source_is_seen_apart_from_checksums(
 
 def test_a_run_of_another_grid_is_told_the_command(whole: Path, parts: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="was cut for tp 3, not for tp 2") as told:
-        open_checkpoint(parts, Grid.of(2))
+        open_checkpoint(parts, "model", Grid.of(2))
     command = str(told.value).partition("; run python -m qtp.reshard ")[2].split()
     assert main(command) == 0
-    open_checkpoint(Path(command[command.index("--save_directory") + 1]), Grid.of(2))
-    open_checkpoint(parts, Grid.of(3, moe_tp=3))  # no experts: how they would be cut does not matter
+    open_checkpoint(Path(command[command.index("--save_directory") + 1]), "model", Grid.of(2))
+    open_checkpoint(parts, "model", Grid.of(3, moe_tp=3))  # no experts: how they would be cut does not matter
     write_checkpoint(tmp_path / "moe", MOE)
     cut = reshard(tmp_path / "moe", tmp_path / "cut", "--tp", 4, "--moe_ep", 2)
-    open_checkpoint(cut, Grid.of(4, moe_ep=2))
+    open_checkpoint(cut, "model", Grid.of(4, moe_ep=2))
     with pytest.raises(
         ValueError, match=r"was cut for tp 4, moe_ep 2, moe_tp 2, not for tp 4, moe_ep 4, moe_tp 1; run .* --moe_ep 4"
     ):
-        open_checkpoint(cut, Grid.of(4))
+        open_checkpoint(cut, "model", Grid.of(4))
 
 
 def test_the_copy_list_is_proved(whole: Path) -> None:
