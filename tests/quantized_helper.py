@@ -168,12 +168,13 @@ def quantized_checkpoint(
     anti: bool = False,
     apart: bool = False,
     old: bool = False,
+    bits: bool = False,
 ) -> Plain:
     """Writes the float checkpoint `source` to `folder` in the type `kind` ("FLOAT", "W8A8", ...), and returns it in float64.
 
     choose: the type of single layers by their name, where it is not to be `kind`. ids: what the ranges of activations are taken
     from. anti: with anti-outlier norms. apart: values and up have other input scales than what they are packed with. old: with a
-    description of the older form. No offset, bias or scale is zero."""
+    description of the older form. bits: deq_scale as a float16 model's, its bits in int64. No offset, bias or scale is zero."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     floats = load_file(source / "model.safetensors")
     random = torch.Generator().manual_seed(seed)
@@ -195,7 +196,7 @@ def quantized_checkpoint(
                 _input(seen, layer, 1.3 if anti else 1.0 + 0.2 * (apart and layer.endswith(("v_proj", "up_proj")))),
                 random,
                 group_size,
-                config["dtype"],
+                bits,
             )
             if given != "W8A8" and f"{layer}.bias" in floats:
                 made["bias"] = floats[f"{layer}.bias"]
@@ -229,7 +230,7 @@ def _w8a8s(*given: Any) -> dict[str, Tensor]:
 
 
 def _w8a8(
-    w: Tensor, bias: Tensor, seen: tuple[Tensor, Tensor], random: torch.Generator, group_size: int, dtype: str
+    w: Tensor, bias: Tensor, seen: tuple[Tensor, Tensor], random: torch.Generator, group_size: int, bits: bool
 ) -> dict[str, Tensor]:
     low, high = (float(x) for x in seen)
     scale = (max(high, 0.0) - min(low, 0.0)) / 255
@@ -243,12 +244,12 @@ def _w8a8(
         "input_scale": torch.tensor([scale], dtype=torch.float32),
         "input_offset": torch.tensor([float(offset)]),
         "quant_bias": quant_bias,
-        "deq_scale": deq.view(torch.int32).to(torch.int64) if dtype == "float16" else deq,
+        "deq_scale": deq.view(torch.int32).to(torch.int64) if bits else deq,
     }
 
 
 def _w8a16(
-    w: Tensor, bias: Tensor, seen: tuple[Tensor, Tensor], random: torch.Generator, group_size: int, dtype: str
+    w: Tensor, bias: Tensor, seen: tuple[Tensor, Tensor], random: torch.Generator, group_size: int, bits: bool
 ) -> dict[str, Tensor]:
     """With offsets, as w_sym false has them."""
     group = group_size or w.shape[1]
@@ -265,7 +266,7 @@ def _w8a16(
 
 
 def _dynamic(
-    w: Tensor, bias: Tensor, seen: tuple[Tensor, Tensor], random: torch.Generator, group_size: int, dtype: str
+    w: Tensor, bias: Tensor, seen: tuple[Tensor, Tensor], random: torch.Generator, group_size: int, bits: bool
 ) -> dict[str, Tensor]:
     scale = w.abs().amax(1, keepdim=True) / 127
     return {
@@ -393,6 +394,7 @@ class Case:
 
 CASES = {
     "w8a8": Case(kind="W8A8"),
+    "w8a8-bits": Case(kind="W8A8", how={"bits": True}),
     "w8a8-presets": Case(kind="W8A8", how={"choose": presets, "old": True}),
     "w8a8-apart": Case(kind="W8A8", how={"apart": True}),
     "w8a8-anti": Case(kind="W8A8", how={"anti": True}),
@@ -412,11 +414,11 @@ CASES = {
 }
 
 
-def make(family: str, name: str, folder: Path) -> tuple[Path, list[int], Tensor]:
+def make(family: str, name: str, folder: Path, **config: Any) -> tuple[Path, list[int], Tensor]:
     """(checkpoint, ids, their logits in float64) of a family and a case by name; with ids of which no value is rounded that lies
-    between two integers."""
+    between two integers. config: over what the case says."""
     case = CASES[name]
-    sizes = {k: v for k, v in case.config.items() if family == "qwen2_moe" or not k.startswith("moe")}
+    sizes = {k: v for k, v in (case.config | config).items() if family == "qwen2_moe" or not k.startswith("moe")}
     source = float_checkpoint(folder / "float", family, 7, **sizes)
     for seed in range(200):
         ids = random_ids(TOKENS, 131, seed)

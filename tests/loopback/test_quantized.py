@@ -70,8 +70,11 @@ def test_w8a8_gives_the_same_bits_at_every_world_size(made: Made, dtype: str, ke
         assert torch.equal(run_workers(folder, tp, ids, dtype=dtype, kernels=kernels), one), tp
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe"])
 @pytest.mark.parametrize("name", CASES)
-def test_half_precision(made: Made, name: str, dtype: str) -> None:
-    folder, ids, logits = made("qwen2", name)
-    assert error(run_workers(folder, 2, ids, dtype=dtype), logits) < 0.15
+def test_half_precision(name: str, family: str, tmp_path: Path) -> None:
+    """Rounding x to halves moves some of it to the next integer: an error of the size of that of quantization itself, and the
+    bound is wide for it. All experts are chosen, so that rounding cannot flip a choice."""
+    folder, ids, logits = make(family, name, tmp_path, **({"num_experts_per_tok": 9} if family == "qwen2_moe" else {}))
+    for dtype in ("bfloat16", "float16"):
+        assert error(run_workers(folder, 2, ids, dtype=dtype), logits) < 0.15, dtype

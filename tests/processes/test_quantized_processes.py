@@ -1,53 +1,52 @@
-"""Proves over two real processes what tests/loopback/test_quantized.py proves over threads."""
+"""Proves over two real processes and shared memory what tests/loopback/test_quantized.py proves over threads: each case of it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from models_helper import open_llm, run, run_workers
-from quantized_helper import error, make
+from quantized_helper import CASES, compressed, error, make
 
-NAMES = ("w8a8-mixed", "w8a8s", "dynamic", "w8a16-64", "kv-w8a8", "fa3-w8a16")
+TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe"])
-def test_the_documented_arithmetic(family: str, name: str, tmp_path: Path) -> None:
-    folder, ids, logits = make(family, name, tmp_path)
+def on_two_ranks(*words: str) -> None:
+    done = subprocess.run([*TORCHRUN, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_documented_arithmetic(tmp_path: Path) -> None:
+    made = {}
+    for family in ("qwen2", "qwen2_moe"):
+        for name in CASES:
+            made[family, name] = make(family, name, tmp_path / f"{family}-{name}")
+        folder, ids, logits = made[family, "w8a8s"]
+        made[family, "w8a8sc"] = compressed(folder, tmp_path / f"{family}-w8a8sc", 2), ids, logits
+    (tmp_path / "asked.json").write_text(json.dumps([(str(folder), ids) for folder, ids, _ in made.values()]), encoding="utf-8")
+    on_two_ranks(str(Path(__file__).with_name("quantized_ranks.py")), str(tmp_path / "asked.json"), str(tmp_path))
+    for number, (case, (folder, ids, logits)) in enumerate(made.items()):
+        found = torch.load(tmp_path / f"{number}.pt", weights_only=True)
+        assert error(found, logits) < 1e-4, case
+        if case == ("qwen2", "w8a8"):
+            assert torch.equal(torch.log_softmax(found, dim=-1), run_workers(folder, 1, ids)), "the bits of one rank"
+
+
+def test_an_engine_of_two_ranks(tmp_path: Path) -> None:
+    folder, ids, logits = make("qwen2_moe", "w8a8-mixed", tmp_path)
     with open_llm(folder, 2, communicator="auto", max_num_batched_tokens=64) as llm:
         assert llm.config.communicator == "shm"
         logprobs, _ = run(llm, ids, ids[:4], 2)
     assert error(logprobs, logits) < 1e-4
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe"])
-def test_what_two_ranks_compressed(family: str, tmp_path: Path) -> None:
-    folder, ids, logits = make(family, "w8a8s", tmp_path)
+def test_what_two_ranks_compressed(tmp_path: Path) -> None:
+    folder, ids, logits = make("qwen2_moe", "w8a8s", tmp_path)
     small, split = tmp_path / "w8a8sc", tmp_path / "w8a8s"
-    command = [
-        str(Path(sys.executable).with_name("torchrun")),
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "qtp.sparse_compressor",
-        "--model_path",
-        str(folder),
-    ]
-    command += ["--save_directory", str(small), "--save_split_w8a8s_dir", str(split), "--multiprocess_num", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    given = ["--model_path", str(folder), "--save_directory", str(small), "--save_split_w8a8s_dir", str(split)]
+    on_two_ranks("-m", "qtp.sparse_compressor", *given, "--multiprocess_num", "2")
     for made in (small, split):
         with open_llm(made, 2, communicator="auto", max_num_batched_tokens=64) as llm:
             logprobs, _ = run(llm, ids, ids[:4], 2)
         assert error(logprobs, logits) < 1e-4
-
-
-def test_w8a8_gives_the_bits_of_one_rank(tmp_path: Path) -> None:
-    folder, ids, _ = make("qwen2", "w8a8", tmp_path)
-    expected = run_workers(folder, 1, ids, dtype="bfloat16").argsort(dim=1, descending=True, stable=True)
-    with open_llm(folder, 2, communicator="auto", dtype="bfloat16", max_num_batched_tokens=64) as llm:
-        logprobs, _ = run(llm, ids, ids[:4], 2)
-    assert torch.equal(logprobs.argsort(dim=1, descending=True, stable=True), expected)

@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -9,11 +12,13 @@ import torch
 from models_helper import run_workers
 from quantized_helper import compressed, error, float_checkpoint, make, quantized_checkpoint
 from safetensors.torch import load_file
+from torch import Tensor
 
 from qtp.reshard.__main__ import main
 from tests.reshard_helper import same
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
+WORLDS = range(1, 9)
 KINDS = {
     "w8a8": ("W8A8", {"old": True}),
     "w8a8s": ("W8A8S", {}),
@@ -43,31 +48,55 @@ def check_whole(folder: Path, source: Path) -> None:
         assert json.loads((folder / file.name).read_text()) == json.loads(file.read_text()), file.name
 
 
+def parts_of(folder: Path) -> list[dict[str, Tensor]]:
+    return [load_file(next(part.glob("*.safetensors"))) for part in sorted(folder.glob("part*"))]
+
+
+def alike(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> bool:
+    return all(same(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def check_all(source: Path, tmp_path: Path, first: Callable[[int], Path]) -> None:
+    """From each of 1 to 8 ranks to each other: the parts are those that the whole checkpoint is cut into, and these, put
+    together, are the checkpoint."""
+    direct = {n: first(n) for n in WORLDS}
+    held = {n: parts_of(direct[n]) for n in WORLDS}
+    assert [len(held[n]) for n in WORLDS] == list(WORLDS)
+    for n, m in product(WORLDS, WORLDS):
+        again = moved(direct[n], tmp_path / f"{n}-{m}", "--tp", str(m))
+        assert alike(parts_of(again), held[m]), (n, m)
+        shutil.rmtree(again)
+    for n in WORLDS:
+        check_whole(moved(direct[n], tmp_path / f"{n}-whole", "--format", "hf"), source)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_moe"])
 @pytest.mark.parametrize("name", KINDS)
 def test_every_cut_to_every_other_and_back(name: str, family: str, tmp_path: Path) -> None:
     kind, how = KINDS[name]
     source = tmp_path / "whole"
-    sizes = {"num_hidden_layers": 1, "intermediate_size": 150}
+    sizes = {"num_hidden_layers": 1, "intermediate_size": 150, "num_experts": 8}
+    if family == "qwen2":
+        del sizes["num_experts"]
     quantized_checkpoint(float_checkpoint(tmp_path / "float", family, 7, **sizes), source, kind, seed=1, ids=IDS, **how)
-    worlds = range(1, 9) if name in ("w8a16-64", "fa3-anti") else (1, 2, 3, 5, 8)
-    for n in worlds:
-        parts = moved(source, tmp_path / f"{n}", "--tp", str(n))
-        for m in worlds:
-            again = moved(parts, tmp_path / f"{n}-{m}", "--tp", str(m))
-            check_whole(moved(again, tmp_path / f"{n}-{m}-whole", "--format", "hf"), source)
+    check_all(source, tmp_path, lambda n: moved(source, tmp_path / f"{n}", "--tp", str(n)))
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe"])
-def test_so_do_compressed_parts(family: str, tmp_path: Path) -> None:
-    source, ids, logits = make(family, "w8a8s", tmp_path)
-    three = compressed(source, tmp_path / "3", 3)
-    two = moved(three, tmp_path / "2", "--tp", "2")
-    assert not (tmp_path / "2.w8a8s").exists()
-    assert error(run_workers(two, 2, ids), logits) < 1e-4
-    check_whole(moved(two, tmp_path / "back", "--format", "hf", "--verify"), source)
-    one = moved(compressed(source, tmp_path / "8", 8), tmp_path / "1", "--tp", "1")
-    check_whole(moved(one, tmp_path / "again", "--format", "hf"), source)
+def test_so_do_compressed_parts(tmp_path: Path) -> None:
+    source = tmp_path / "whole"
+    plain = float_checkpoint(tmp_path / "float", "qwen2", 7, num_hidden_layers=1)
+    quantized_checkpoint(plain, source, "W8A8S", seed=1, ids=IDS)
+    check_all(source, tmp_path, lambda n: compressed(source, tmp_path / f"{n}", n))
+
+
+def test_so_do_compressed_experts(tmp_path: Path) -> None:
+    source, ids, logits = make("qwen2_moe", "w8a8s", tmp_path)
+    for a, b in ((3, 2), (8, 1), (1, 7)):
+        cut = moved(compressed(source, tmp_path / f"{a}", a), tmp_path / f"{a}-{b}", "--tp", str(b))
+        assert not (tmp_path / f"{a}-{b}.w8a8s").exists()
+        assert alike(parts_of(cut), parts_of(compressed(source, tmp_path / f"direct-{b}", b)))
+        assert error(run_workers(cut, b, ids), logits) < 1e-4
+        check_whole(moved(cut, tmp_path / f"{a}-{b}-whole", "--format", "hf", "--verify"), source)
 
 
 def test_a_stream_that_is_damaged_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
