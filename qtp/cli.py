@@ -4,6 +4,7 @@ import argparse
 import io
 import logging
 import os
+import re
 import socket
 import sys
 import time
@@ -19,6 +20,7 @@ from launch.signals import Interrupted, interrupting
 from launch.watch import RankDied, last_words
 
 _PATIENCE = 5.0
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,6 +48,15 @@ def boolean(text: str) -> bool:
     if text.lower() not in known:
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return known[text.lower()]
+
+
+def byte_count(text: str) -> int:
+    """Bytes of 5GB, 500MB, 2GiB or 1000."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?|)B?", text, re.ASCII)
+    count = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB, 500MB or 2GiB")
+    return count
 
 
 def run(command: Callable[[], int]) -> int:

@@ -1,6 +1,7 @@
 """Sequences for the tests of attention, what attention over them is in float64, and a paged cache that they go into."""
 
 import random
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -103,3 +104,44 @@ class Paged:
             if stop:
                 keys, values = self.s.turned(i, stop)[:, heads:], self.s.qkv[i][:stop, heads + self.s.kv_heads :]
                 self.cache.write(LAYER, self.slots(i, stop), keys, values)
+
+
+def rank_of(scales: KVScales, s: Sequences, first: int, stop: int) -> KVScales:
+    """What of them a rank with query heads first ... stop - 1 has."""
+    low, high = s.kv_of[first], s.kv_of[stop - 1] + 1
+    kv = {name: getattr(scales, name)[:, low:high] for name in ("key_scale", "key_offset", "value_scale", "value_offset")}
+    if scales.query_scale is None or scales.query_offset is None:
+        return KVScales(**kv)
+    return KVScales(**kv, query_scale=scales.query_scale[:, first:stop], query_offset=scales.query_offset[:, first:stop])
+
+
+def check_independence(s: Sequences, window: int | None, scales: KVScales | None = None) -> None:
+    """Asserts that a row of the first sequence, of 700 tokens beside ones of 90 and 333 at least, is the same bits in chunks of any
+    size, alone or beside others, with any blocks and threads, and with some of the heads."""
+    torch.set_num_threads(1)
+    whole = Paged(s, 128, scales=scales).step([(0, 0, 700)], window)[0]
+
+    for threads, block_size, size in ((2, 128, 7), (3, 5, 256), (1, 16, 64), (2, 48, 699)):
+        torch.set_num_threads(threads)
+        paged = Paged(s, block_size, seed=size, scales=scales)
+        parts = [paged.step([(0, start, stop)], window)[0] for start, stop in pairwise([*range(0, 700, size), 700])]
+        assert torch.equal(torch.cat(parts), whole), (threads, block_size, size)
+
+    paged = Paged(s, 16, scales=scales)
+    paged.step([(1, 0, 89), (2, 0, 200), (0, 0, 500)], window)
+    beside = [
+        paged.step([(0, n, n + 1), (2, n - 300, n - 299)] if n % 2 else [(0, n, n + 1)], window)[0] for n in range(500, 600)
+    ]
+    torch.set_num_threads(1)
+    beside += [paged.step([(0, n, n + 1)], window)[0] for n in range(600, 650)]
+    beside += [paged.step([(1, 89, 90), (0, 650, 700)], window)[1]]
+    assert torch.equal(torch.cat(beside), whole[500:])
+
+    for first, stop in ((0, 1), (6, 8), (3, 12), (8, 13)):
+        own = None if scales is None else rank_of(scales, s, first, stop)
+        assert torch.equal(Paged(s.heads(first, stop), 32, scales=own).step([(0, 0, 700)], window)[0], whole[:, first:stop]), (
+            first
+        )
+        paged = Paged(s.heads(first, stop), 32, scales=own)
+        paged.step([(0, 0, 690)], window)
+        assert torch.equal(paged.step([(0, 690, 691)], window)[0], whole[690:691, first:stop]), first

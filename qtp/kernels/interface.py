@@ -105,7 +105,7 @@ class Kernels(Protocol):
 
         Cut on its rows (a column linear, in Megatron's word), it takes the full input and gives this rank's columns of the
         output. Cut on its columns (a row linear), it takes this rank's part of the input and gives a PARTIAL sum of the full
-        output, to be reduced by the block; its bias, if any, is held by one rank only (`layout.split.Once`). With cuts, which
+        output, to be reduced by the block; its bias, if any, is held by one rank only (`layout.split.OfRows`). With cuts, which
         go without a bias, y is float32: the leaves added along a binary tree (`collectives.tree`).
 
         across: for a row linear, the ranks that hold the other columns; each must call the op in every step. W8A8 and

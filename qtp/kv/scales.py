@@ -30,6 +30,13 @@ def kv_scales(config: ModelConfig, tensors: Mapping[str, Tensor]) -> KVScales | 
             layers.append(values)
         return torch.stack(layers)
 
+    alike = [] if heads_only else [i for i, x in enumerate(of("key_scale")) if len(x) > 1 and bool((x == x[0]).all())]
+    if alike:
+        raise ValueError(
+            f"{source}: the keys of layer {alike[0]} have one scale for all channels of the KV cache; keys of this family have "
+            "channels a hundred times as large as others, quantize the checkpoint again with a scale for each channel"
+        )
+
     def channels(name: str) -> Tensor:
         x = of(name)
         return x.expand(*x.shape[:2], config.head_dim).contiguous() if heads_only else x.unflatten(1, (-1, config.head_dim))

@@ -143,14 +143,6 @@ class Replicate:
 
 
 @dataclass(frozen=True, slots=True)
-class Once:
-    """Rank 0 holds the whole tensor, the others nothing: what is added to a partial sum must be added once."""
-
-    def box(self, shape: tuple[int, ...], rank: int, grid: Grid) -> Box:
-        return tuple(range(n if rank == 0 else 0) for n in shape)
-
-
-@dataclass(frozen=True, slots=True)
 class Even:
     """Dimension `dim` cut evenly over all ranks, in whole units (MLP columns; the vocabulary)."""
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qtp.cli import Parser, boolean, run
+from qtp.cli import Parser, boolean, byte_count, run
 from qtp.quantize.settings import PRESETS, settings, with_preset
 
 _HELP = {
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     calibration.add_argument("--device_type", default="cpu", help="cpu, gpu (cuda) or npu")
 
     output = p.add_argument_group("output")
-    output.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a weight file")
+    output.add_argument("--max_shard_size", type=byte_count, default=5 * 10**9, metavar="BYTES", help="of a weight file: 5GB")
     output.add_argument("--evaluate", type=Path, default=None, metavar="TEXTFILE", help="perplexity on it, before and after")
     output.add_argument("--timeout", type=float, default=300.0, help="seconds for joining and for a collective")
     output.add_argument(

@@ -1,20 +1,13 @@
 """The command from start to end: ranks, calibration texts, the run, evaluation, report."""
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from collectives.communicator import Communicator
-from collectives.solo import Solo
-from launch import mpi
-from launch.detect import detect
-from qtp.config import EngineConfig
 from qtp.hub import folder_of
-from qtp.llm import cpu_communicator
+from qtp.meeting import meet
 from qtp.quantize import report
 from qtp.quantize.evaluate import Perplexity, perplexity, sliding
 from qtp.quantize.layers import forms
@@ -23,9 +16,7 @@ from qtp.quantize.samples import samples, texts
 from qtp.quantize.settings import Settings
 from qtp.quantize.write import check_target
 from qtp.tokenizer import Tokenizer
-from qtp.worker.joining import communicator, share_cores, use_cores
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _DEVICES = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "npu": "npu"}
 
 
@@ -41,7 +32,7 @@ def quantize(
     calib_length: int,
     calib_dtype: str,
     device_type: str,
-    max_shard_size: str,
+    max_shard_size: int,
     evaluate: Path | None,
     timeout: float,
 ) -> int:
@@ -51,7 +42,6 @@ def quantize(
         raise ValueError(f"--device_type {device_type!r} is unknown; choose cpu, gpu or npu")
     if calib_length < 2:
         raise ValueError(f"--calib_length {calib_length} must be at least 2")
-    max_bytes = size_of(max_shard_size)
     source = Source.open(folder_of(model))
     forms(source.config, asked)
     check_target(source.folder, save_directory)
@@ -63,7 +53,7 @@ def quantize(
         raise ValueError(f"--calib_file and --calib_texts: {asked.kind} needs no calibration; leave them out")
     scored = _scored(evaluate, tokenizer) if evaluate is not None and tokenizer is not None else []
 
-    with _meet(source.folder, _DEVICES[device_type], timeout) as comm:
+    with meet(source.folder, _DEVICES[device_type], timeout) as comm:
         if comm.rank == 0 and chosen:
             print("preset: " + ", ".join(f"--{name} {value}" for name, value in chosen.items()), flush=True)
         before: Perplexity | None = None
@@ -77,9 +67,8 @@ def quantize(
             report.write(folder, content)
             drawn.append(report.draw(folder, content))
 
-        outcome = make(
-            source, save_directory, asked, ids, comm, dtype=getattr(torch, calib_dtype), max_bytes=max_bytes, finishing=finishing
-        )
+        dtype = getattr(torch, calib_dtype)
+        outcome = make(source, save_directory, asked, ids, comm, dtype=dtype, max_bytes=max_shard_size, finishing=finishing)
         if comm.rank == 0:
             for line in (*report.lines(asked, outcome), *drawn, f"written to {save_directory} in {outcome.seconds:.1f} s"):
                 print(line, flush=True)
@@ -92,14 +81,6 @@ def quantize(
     return 0
 
 
-def size_of(text: str) -> int:
-    """Bytes, from texts such as 5GB or 512MiB. Raises ValueError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
-        raise ValueError(f"--max_shard_size {text!r} is not a size; give one such as 5GB or 512MiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
 def _scored(path: Path, tokenizer: Tokenizer) -> list[int]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -110,16 +91,3 @@ def _scored(path: Path, tokenizer: Tokenizer) -> list[int]:
     ids = tokenizer.encode(text)
     sliding(len(ids), 2)
     return ids
-
-
-def _meet(folder: Path, device: str, timeout: float) -> Communicator:
-    """The ranks of the launcher that started this process, each on its share of the cores; alone if there is none."""
-    rendezvous = mpi.meet(detect(timeout))
-    config = EngineConfig(model=str(folder), tp=rendezvous.size, device=device, timeout=timeout)
-    if rendezvous.size == 1 and device == "cpu":
-        return Solo(torch.device("cpu"))
-    name = {"cpu": cpu_communicator(config, rendezvous), "cuda": "nccl", "npu": "hccl"}[device]
-    comm = communicator(replace(config, communicator="solo" if rendezvous.size == 1 else name), rendezvous)
-    if rendezvous.size > 1:
-        use_cores(share_cores(config, comm))
-    return comm

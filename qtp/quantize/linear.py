@@ -17,7 +17,8 @@ from qtp.quantize.observe import Seen
 from qtp.quantize.raw import read
 from qtp.quantize.settings import STATIC, Settings
 from qtp.quantize.smooth import Change, rounded_input
-from qtp.quantize.write import WORDS, Planned, WeightFiles
+from qtp.quantize.write import Planned, WeightFiles
+from qtp.weights.dtypes import TORCH_DTYPES
 from qtp.weights.store import Store
 
 _PIECE = 1 << 18  # elements of what a thread works on at once, which its cache holds
@@ -141,5 +142,5 @@ class Maker:
             self._files.put(f"{name}.{suffix}", tensor, first)
 
     def _put_bias(self, linear: Linear, bias: Tensor) -> None:
-        stored = bias_of(self._store, linear)
-        self._files.put(f"{linear.name}.bias", bias.to(next(dtype for dtype, word in WORDS.items() if word == stored)))
+        stored = self._store.entries[f"{linear.name}.bias"].dtype
+        self._files.put(f"{linear.name}.bias", bias.to(TORCH_DTYPES[stored]))

@@ -29,6 +29,7 @@ from qtp.quantize.raw import read
 from qtp.quantize.settings import STATIC, Settings
 from qtp.quantize.smooth import Change, Smoothing, smooth
 from qtp.quantize.write import Planned, WeightFiles, begin, check_target, finish, undo, write_json
+from qtp.weights.dtypes import TORCH_DTYPES
 from qtp.weights.loader import Shard
 from qtp.weights.names import declare
 from qtp.weights.store import Store
@@ -299,9 +300,8 @@ class _Run:
 
     def _norm(self, name: str) -> Tensor:
         x = read(self.source.store, f"{name}.weight")
-        return x.to(
-            {"F16": torch.float16, "BF16": torch.bfloat16}.get(self.source.store.entries[f"{name}.weight"].dtype, x.dtype)
-        )
+        word = self.source.store.entries[f"{name}.weight"].dtype
+        return x.to(TORCH_DTYPES[word]) if word in ("F16", "BF16") else x
 
     def _copies(self) -> Iterator[str]:
         return iter(self.source.store.entries)

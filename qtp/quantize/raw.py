@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from qtp.weights.store import Store
-
-_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from qtp.weights.dtypes import TORCH_DTYPES
+from qtp.weights.store import FLOATS, Store
 
 
 def read(store: Store, name: str, rows: range | None = None) -> Tensor:
@@ -14,9 +13,9 @@ def read(store: Store, name: str, rows: range | None = None) -> Tensor:
     box = tuple(range(n) for n in entry.shape)
     if rows is not None:
         box = (rows, *box[1:])
-    if entry.dtype not in _STORED:
+    if entry.dtype not in FLOATS:
         raise ValueError(f"{entry.file}: tensor {name} is of type {entry.dtype}, not of floats; give a float checkpoint")
-    dtype = _STORED[entry.dtype]
+    dtype = TORCH_DTYPES[entry.dtype]
     shape = tuple(len(r) for r in box)
     out = torch.empty(shape, dtype=dtype)
     store.read_into(name, box, as_bytes(out))

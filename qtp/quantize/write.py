@@ -14,22 +14,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qtp.quantize.raw import as_bytes
+from qtp.weights.dtypes import WORDS
 from qtp.weights.store import ITEM_SIZE
 
 PARTIAL = ".partial"
-WORDS = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int8: "I8",
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,21 +11,16 @@ again for their new ranks; put together (--format hf) they are W8A8S.
 
 import argparse
 import os
-import re
 import sys
-import threading
-from collections.abc import Callable
 from math import inf
 from pathlib import Path
-from typing import Any
 
-from qtp.cli import Parser, run
+from qtp.cli import Parser, byte_count, run
 from qtp.config import DTYPES, ModelConfig
 from qtp.hub import folder_of
 from qtp.layout.split import Grid
+from qtp.reshard.bars import Bars
 from qtp.reshard.reshard import GIB, Request, open_source, reshard, verified
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,20 +33,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--format", choices=("parts", "hf"), default="parts")
     p.add_argument("--names", choices=("hf", "mindformers"), default="hf", help="what tensors are called in the result")
     p.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="what floats become; default: as they are stored")
-    p.add_argument("--max_shard_size", type=size, default=5 * 10**9, metavar="BYTES", help="of a file of --format hf: 5GB")
+    p.add_argument("--max_shard_size", type=byte_count, default=5 * 10**9, metavar="BYTES", help="of a file of --format hf: 5GB")
     p.add_argument("--max_memory", type=float, default=1.0, metavar="GIB", help="of the process in all (default: %(default)s)")
     p.add_argument("--workers", type=int, default=min(4, len(os.sched_getaffinity(0))), metavar="N", help="threads (%(default)s)")
     p.add_argument("--verify", action="store_true", help="check boxes, checksums and equality")
     return p
-
-
-def size(text: str) -> int:
-    """Bytes of 5GB, 500MB, 2GiB or 1000."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?|)B?", text, re.ASCII)
-    count = int(float(found[1]) * _UNITS[found[2]]) if found else 0
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB, 500MB or 2GiB")
-    return count
 
 
 def command(argv: list[str] | None) -> int:
@@ -111,31 +97,6 @@ def again(request: Request) -> int:
         before, after = recompressed(request, bar)
     print(f"{request.target}: {request.grid.size} parts; {before} bytes became {after}")
     return 0
-
-
-class Bars:
-    """Progress bars on a terminal's stderr, one after the other. Threads may share them."""
-
-    def __enter__(self) -> Callable[[int, str], Callable[[int], None]]:
-        self._open: list[Any] = []
-        self._lock = threading.Lock()
-        return self._next if sys.stderr.isatty() else lambda total, what: lambda count: None
-
-    def _next(self, total: int, what: str) -> Callable[[int], None]:
-        from tqdm import tqdm  # 70 ms that are not needed where nobody looks
-
-        bar = tqdm(total=total, unit="B", unit_scale=True, desc=what, leave=False)
-        self._open.append(bar)
-
-        def told(count: int) -> None:
-            with self._lock:
-                bar.update(count)
-
-        return told
-
-    def __exit__(self, *exc: object) -> None:
-        for bar in self._open:
-            bar.close()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -43,18 +43,8 @@ def _entries(file: Path) -> dict[str, Entry]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    known = {
-        torch.float64: "F64",
-        torch.float32: "F32",
-        torch.float16: "F16",
-        torch.bfloat16: "BF16",
-        torch.int64: "I64",
-        torch.int32: "I32",
-        torch.int16: "I16",
-        torch.int8: "I8",
-        torch.uint8: "U8",
-        torch.bool: "BOOL",
-    }
+    from qtp.weights.dtypes import WORDS
+
     try:
         with FakeTensorMode():
             content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -69,12 +59,12 @@ def _entries(file: Path) -> dict[str, Entry]:
     for name, x in content.items():
         if not isinstance(name, str) or not isinstance(x, torch.Tensor):
             raise ValueError(f"{file}: {name} is a {type(x).__name__}, and only tensors are taken; convert it to safetensors")
-        if x.layout != torch.strided or x.dtype not in known or not x.is_contiguous():
+        if x.layout != torch.strided or x.dtype not in WORDS or not x.is_contiguous():
             how = f"{x.dtype}, {x.layout}, strides {x.stride() if x.layout == torch.strided else None}"
             raise ValueError(f"{file}: tensor {name} ({how}) is not a dense row-major tensor; convert it to safetensors")
         start = x.untyped_storage()._checkpoint_offset
         offset = (start if start is not None else size) + int(x.storage_offset()) * x.element_size()
-        entry = Entry(file, known[x.dtype], tuple(map(int, x.shape)), offset)
+        entry = Entry(file, WORDS[x.dtype], tuple(map(int, x.shape)), offset)
         if entry.offset + x.numel() * ITEM_SIZE[entry.dtype] > size:
             raise ValueError(f"{file}: tensor {name} does not lie in the file; fetch the file again")
         found[name] = entry

@@ -14,9 +14,8 @@ from qtp.layout.spec import Spec
 from qtp.layout.split import Box, Grid, elements
 from qtp.weights.checkpoint import Checkpoint
 from qtp.weights.mindformers import to_mindformers
-from qtp.weights.store import ITEM_SIZE
+from qtp.weights.store import FLOATS, ITEM_SIZE
 
-FLOATS = ("F64", "F32", "F16", "BF16")
 DIGEST_WIDTH = 32  # hex digits that mark the files of one reshard, in their headers
 
 

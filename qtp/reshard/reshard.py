@@ -14,7 +14,7 @@ from qtp.layout.split import Grid
 from qtp.quantization import Quantization
 from qtp.reshard import folder, verify
 from qtp.reshard.bins import has_bins, open_bins
-from qtp.reshard.cut import DIGEST_WIDTH, FLOATS, Job, Output, in_files, in_parts, targets, undeclared
+from qtp.reshard.cut import DIGEST_WIDTH, Job, Output, in_files, in_parts, targets, undeclared
 from qtp.reshard.journal import Journal, differing
 from qtp.reshard.transfer import Convert, Transfer, as_it_is, write_fully
 from qtp.reshard.words import turned
@@ -23,7 +23,7 @@ from qtp.weights.manifest import JOURNAL, MANIFEST, Held, HeldFile, Manifest, gr
 from qtp.weights.mindformers import is_mindformers, unstacked
 from qtp.weights.names import declare
 from qtp.weights.parts import Parts, header_digest
-from qtp.weights.store import Store
+from qtp.weights.store import FLOATS, Store
 
 WORDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 GIB = 1 << 30

@@ -16,19 +16,11 @@ from qtp.layout.spec import COMPRESSED, FLOAT32, INT8, INT32, SCALE_BITS, Spec
 from qtp.layout.split import Box, Grid, elements
 from qtp.weights import codec
 from qtp.weights.checkpoint import Checkpoint
+from qtp.weights.dtypes import TORCH_DTYPES
 from qtp.weights.store import ITEM_SIZE
 
 Shard = dict[str, Tensor]
 
-_STORED = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-}
 _STREAM = (torch.int8, torch.int8, torch.int64)
 _HELD = {FLOAT32: torch.float32, INT8: torch.int8, INT32: torch.int32, SCALE_BITS: torch.float32}
 
@@ -162,11 +154,11 @@ def _cut(box: Box, most: int) -> Iterator[Box]:
 
 
 def _fill(store: Checkpoint, pieces: Sequence[_Piece], readers: ThreadPoolExecutor, progress: Callable[[int], None]) -> None:
-    as_stored = [piece for piece in pieces if _STORED[store.entries[piece.name].dtype] == piece.dtype]
+    as_stored = [piece for piece in pieces if TORCH_DTYPES[store.entries[piece.name].dtype] == piece.dtype]
     for count in readers.map(lambda piece: _read(store, piece), as_stored):
         progress(count)
     for piece in pieces:
-        if _STORED[store.entries[piece.name].dtype] != piece.dtype:
+        if TORCH_DTYPES[store.entries[piece.name].dtype] != piece.dtype:
             progress(_convert(store, piece))
 
 
@@ -176,7 +168,7 @@ def _read(store: Checkpoint, piece: _Piece) -> int:
 
 
 def _convert(store: Checkpoint, piece: _Piece) -> int:
-    stored = _STORED[store.entries[piece.name].dtype]
+    stored = TORCH_DTYPES[store.entries[piece.name].dtype]
     raw = bytearray(elements(piece.box) * stored.itemsize)
     store.read_into(piece.name, piece.box, memoryview(raw))
     values = torch.frombuffer(raw, dtype=stored)

@@ -137,10 +137,10 @@ def _kv_cache(config: ModelConfig, own: str, theirs: str) -> Iterator[Spec]:
 
 
 def _unit(quantization: Quantization | None, mlp: str) -> int:
-    """How many columns of an MLP stay together: those that share a scale in its down_proj."""
-    if quantization is None or quantization.type_of(f"{mlp}.down_proj.weight") != "W8A16":
+    """How many columns of an MLP stay together: those that its down_proj cannot part."""
+    if quantization is None:
         return 1
-    return quantization.group_size or 1
+    return FORMATS[quantization.type_of(f"{mlp}.down_proj.weight")].granularity(quantization.group_size)
 
 
 def _spec(name: str, *parts: tuple[str, tuple[int, ...], Split]) -> Spec:

@@ -12,21 +12,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class W8A8:
+class _Matrix:
+    weight: "Tensor"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class W8A8(_Matrix):
     """y = (x_q W^T + quant_bias) * deq_scale, where x_q = clamp(round(x / input_scale + input_offset)), rounded half to even.
 
     weight int8 [N, D]; deq_scale float32 [N]; quant_bias int32 [N], which holds bias / deq_scale - input_offset * (the sum of
     a whole row of W): where columns are cut, it is that on the rank of the first column and zeros elsewhere."""
 
-    weight: "Tensor"
     input_scale: float
     input_offset: float
     quant_bias: "Tensor"
     deq_scale: "Tensor"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,49 +53,34 @@ class W8A8SC:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class W8A8Dynamic:
+class W8A8Dynamic(_Matrix):
     """y = (x_q W^T) * s_x * weight_scale + bias, where s_x = max |x| / 127 of each token over ALL input columns (1 where x is 0),
     and x_q = round(x / s_x), half to even. weight int8 [N, D]; weight_scale float32 [N]; bias [N] in the run's dtype, or None."""
 
-    weight: "Tensor"
     weight_scale: "Tensor"
     bias: "Tensor | None"
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
-class W8A16:
+class W8A16(_Matrix):
     """y = x w^T + bias, where w[n, d] = (weight[n, d] - offset[n, g]) * scale[n, g]. weight int8 [N, D]; scale, offset float32
     [N, G]; bias [N] in the run's dtype, or None.
 
     Column d is of group g = (phase + d) // group: phase is how many columns of the first group other ranks hold. group 0: all
     columns are one group."""
 
-    weight: "Tensor"
     scale: "Tensor"
     offset: "Tensor"
     bias: "Tensor | None"
     group: int
     phase: int
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Float:
+class Float(_Matrix):
     """A part of a packed weight that was left in float: weight [N, D], bias [N] or None."""
 
-    weight: "Tensor"
     bias: "Tensor | None"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

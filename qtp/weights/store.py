@@ -30,6 +30,7 @@ ITEM_SIZE = {
     "F8_E4M3": 1,
     "F8_E5M2": 1,
 }
+FLOATS = ("F64", "F32", "F16", "BF16")
 _MAX_HEADER = 100_000_000
 _SAMPLE = 4096
 

@@ -6,8 +6,8 @@ from qtp.layout.coverage import check_covered
 from qtp.layout.spec import COMPRESSED, FLOAT32, INT8, INT32, RUN, SCALE_BITS, Spec
 from qtp.layout.split import Grid
 from qtp.weights.checkpoint import Checkpoint
+from qtp.weights.store import FLOATS
 
-FLOATS = ("F64", "F32", "F16", "BF16")
 _STORED = {RUN: FLOATS, FLOAT32: FLOATS, INT8: ("I8",), INT32: ("I32",), COMPRESSED: ("I8",), SCALE_BITS: ("I64", "F32")}
 
 

@@ -11,7 +11,7 @@ from collectives.communicator import Communicator
 from collectives.loopback import loopback
 from qtp.kernels.native_kernels import NativeKernels
 from qtp.layout.coverage import boxes, check_covered
-from qtp.layout.split import Box, Even, Grid, Once, Split
+from qtp.layout.split import Box, Even, Grid, OfRows, Split
 
 TOKENS, IN, OUT = 3, 21, 13
 
@@ -56,7 +56,8 @@ def on_ranks(size: int, call: object) -> list[Tensor]:
 @pytest.mark.parametrize("inputs", [IN, 5])
 def test_row_linear(size: int, inputs: int) -> None:
     x, weight, bias = drawn(TOKENS, inputs, seed=1), drawn(OUT, inputs, seed=2), drawn(OUT, seed=3)
-    xs, weights, biases = shards(x, Even(1), size), shards(weight, Even(1), size), shards(bias, Once(), size)
+    xs, weights = shards(x, Even(1), size), shards(weight, Even(1), size)
+    biases = shards(bias, OfRows(Even(1), (OUT, inputs), once=True), size)
 
     def rank(comm: Communicator) -> Tensor:
         own = biases[comm.rank]
@@ -85,7 +86,7 @@ def test_column_then_row_linear_reduces_once(size: int) -> None:
     x, up, down = drawn(TOKENS, 7, seed=7), drawn(IN, 7, seed=8) / 4, drawn(OUT, IN, seed=9) / 4
     up_bias, down_bias = drawn(IN, seed=10), drawn(OUT, seed=11)
     ups, up_biases = shards(up, Even(0), size), shards(up_bias, Even(0), size)
-    downs, down_biases = shards(down, Even(1), size), shards(down_bias, Once(), size)
+    downs, down_biases = shards(down, Even(1), size), shards(down_bias, OfRows(Even(1), (OUT, IN), once=True), size)
 
     def rank(comm: Communicator) -> Tensor:
         middle = F.silu(NativeKernels().linear(ups[comm.rank], up_biases[comm.rank])(x))

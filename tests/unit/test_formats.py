@@ -81,6 +81,13 @@ def test_one_scale_for_all_keys(source: Path, tmp_path: Path) -> None:
     refused(source, tmp_path, "W8A8", edit, "is one scale for all channels.*quantize the checkpoint again", kv="C8")
 
 
+def test_one_scale_for_all_keys_repeated(source: Path, tmp_path: Path) -> None:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.1.self_attn.k_proj.kv_cache_scale"].fill_(0.03)
+
+    refused(source, tmp_path, "W8A8", edit, "the keys of layer 1 have one scale for all channels", kv="C8")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "named"),
     [

@@ -3,11 +3,10 @@
 import random
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
-from attention_helper import LAYER, NAN, Paged, Sequences
+from attention_helper import LAYER, NAN, Paged, Sequences, check_independence
 from torch import Tensor
 
 from qtp.attention.native_backend import NativeAttention
@@ -61,15 +60,6 @@ def scales_of(s: Sequences, seed: int, query: bool = False) -> KVScales:
         return found
     scale, offset = measured(turned[:, :heads])
     return replace(found, query_scale=scale[..., 0], query_offset=offset[..., 0])
-
-
-def rank_of(scales: KVScales, s: Sequences, first: int, stop: int) -> KVScales:
-    """What of them a rank with query heads first ... stop - 1 has."""
-    low, high = s.kv_of[first], s.kv_of[stop - 1] + 1
-    kv = {name: getattr(scales, name)[:, low:high] for name in ("key_scale", "key_offset", "value_scale", "value_offset")}
-    if scales.query_scale is None or scales.query_offset is None:
-        return KVScales(**kv)
-    return KVScales(**kv, query_scale=scales.query_scale[:, first:stop], query_offset=scales.query_offset[:, first:stop])
 
 
 def codes(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
@@ -178,32 +168,7 @@ def test_a_row_does_not_depend_on_the_step(isa: int, dtype: torch.dtype, window:
     native.use_isa(isa)
     torch.set_num_threads(1)
     s = Sequences(3, (0,) * 7 + (1,) * 7, 64, [700, 90, 333], dtype)
-    scales = scales_of(s, 3, query)
-    whole = Paged(s, 128, scales=scales).step([(0, 0, 700)], window)[0]
-
-    for threads, block_size, size in ((2, 128, 7), (3, 5, 256), (1, 16, 64), (2, 48, 699)):
-        torch.set_num_threads(threads)
-        paged = Paged(s, block_size, seed=size, scales=scales)
-        parts = [paged.step([(0, start, stop)], window)[0] for start, stop in pairwise([*range(0, 700, size), 700])]
-        assert torch.equal(torch.cat(parts), whole), (threads, block_size, size)
-
-    paged = Paged(s, 16, scales=scales)
-    paged.step([(1, 0, 89), (2, 0, 200), (0, 0, 500)], window)
-    beside = [
-        paged.step([(0, n, n + 1), (2, n - 300, n - 299)] if n % 2 else [(0, n, n + 1)], window)[0] for n in range(500, 600)
-    ]
-    torch.set_num_threads(1)
-    beside += [paged.step([(0, n, n + 1)], window)[0] for n in range(600, 650)]
-    beside += [paged.step([(1, 89, 90), (0, 650, 700)], window)[1]]
-    assert torch.equal(torch.cat(beside), whole[500:])
-
-    for first, stop in ((0, 1), (6, 8), (3, 12), (8, 13)):
-        own = rank_of(scales, s, first, stop)
-        paged = Paged(s.heads(first, stop), 32, scales=own)
-        assert torch.equal(paged.step([(0, 0, 700)], window)[0], whole[:, first:stop]), first
-        paged = Paged(s.heads(first, stop), 32, scales=own)
-        paged.step([(0, 0, 690)], window)
-        assert torch.equal(paged.step([(0, 690, 691)], window)[0], whole[690:691, first:stop]), first
+    check_independence(s, window, scales_of(s, 3, query))
 
 
 @each_isa

@@ -20,7 +20,8 @@ from qtp.layout.split import (
     Grid,
     Heads,
     KVHeads,
-    Once,
+    OfGroups,
+    OfRows,
     QueryHeads,
     Replicate,
     Split,
@@ -342,10 +343,19 @@ def test_each_checkpoint_tensor_is_declared_once() -> None:
     assert set(names.values()) == {1}
 
 
-def test_once_is_held_by_one_rank() -> None:
-    held = boxes((5, 3), Once(), Grid.of(4))
-    assert [elements(box) for box in held] == [15, 0, 0, 0]
-    assert multiplicity((5, 3), held) == (1, 1)
+def test_what_goes_with_rows_once_is_held_by_the_rank_of_the_first_column() -> None:
+    held = boxes((5,), OfRows(Even(1), (5, 9), once=True), Grid.of(4))
+    assert [elements(box) for box in held] == [5, 0, 0, 0]
+    assert multiplicity((5,), held) == (1, 1)
+    held = boxes((5,), OfRows(Even(1), (5, 2), once=True), Grid.of(4))  # two columns: the first rank has none of them
+    assert [elements(box) for box in held] == [0, 5, 0, 0]
+    assert boxes((5, 1), OfRows(Even(0), (5, 9), once=True), Grid.of(2)) == [(range(2), range(1)), (range(2, 5), range(1))]
+
+
+def test_a_group_that_is_cut_is_held_by_both() -> None:
+    held = boxes((3, 5), OfGroups(Even(1), (3, 18), 4), Grid.of(3))  # 18 columns: 6 a rank, groups of 4 and one of 2
+    assert [box[1] for box in held] == [range(2), range(1, 3), range(3, 5)]
+    assert multiplicity((3, 5), held) == (1, 2)
 
 
 @given(

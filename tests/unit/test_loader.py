@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qtp.layout.spec import Part, Spec
-from qtp.layout.split import Box, Even, Grid, Once, Replicate, Split
+from qtp.layout.split import Box, Even, Grid, OfRows, Replicate, Split
 from qtp.weights import loader
 from qtp.weights.loader import load
 from qtp.weights.store import Store
@@ -23,7 +23,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], Split]] = {
     "c": ((7, 31), Even(1)),
     "d": ((17,), Even(0)),
     "e": ((9, 3), Replicate()),
-    "f": ((11,), Once()),
+    "f": ((11,), OfRows(Even(1), (11, 5), once=True)),
     "g": ((3, 5, 4), Even(1)),
 }
 PACKED = {"ab": ("a", "b"), "c": ("c",), "d": ("d",), "e": ("e",), "f": ("f",), "g": ("g",)}

@@ -2,11 +2,10 @@
 
 import random
 from collections.abc import Iterator
-from itertools import pairwise
 
 import pytest
 import torch
-from attention_helper import CPU, NAN, Paged, Sequences
+from attention_helper import CPU, NAN, Paged, Sequences, check_independence
 
 from qtp.attention.torch_backend import TorchAttention
 from qtp.batch import make_batch
@@ -68,31 +67,7 @@ def test_a_row_does_not_depend_on_the_step(isa: int, dtype: torch.dtype, window:
     """Bit for bit: chunks of any size, alone or beside others, any blocks and threads, all heads of a model or some."""
     native.use_isa(isa)
     torch.set_num_threads(1)
-    s = Sequences(3, (0,) * 7 + (1,) * 7, 64, [700, 90, 333], dtype)
-    whole = Paged(s, 128).step([(0, 0, 700)], window)[0]
-
-    for threads, block_size, size in ((2, 128, 7), (3, 5, 256), (1, 16, 64), (2, 48, 699)):
-        torch.set_num_threads(threads)
-        paged = Paged(s, block_size, seed=size)
-        cuts = [*range(0, 700, size), 700]
-        parts = [paged.step([(0, start, stop)], window)[0] for start, stop in pairwise(cuts)]
-        assert torch.equal(torch.cat(parts), whole), (threads, block_size, size)
-
-    paged = Paged(s, 16)
-    paged.step([(1, 0, 89), (2, 0, 200), (0, 0, 500)], window)
-    beside = [
-        paged.step([(0, n, n + 1), (2, n - 300, n - 299)] if n % 2 else [(0, n, n + 1)], window)[0] for n in range(500, 600)
-    ]
-    torch.set_num_threads(1)
-    beside += [paged.step([(0, n, n + 1)], window)[0] for n in range(600, 650)]
-    beside += [paged.step([(1, 89, 90), (0, 650, 700)], window)[1]]
-    assert torch.equal(torch.cat(beside), whole[500:])
-
-    for first, stop in ((0, 1), (6, 8), (3, 12), (8, 13)):
-        assert torch.equal(Paged(s.heads(first, stop), 32).step([(0, 0, 700)], window)[0], whole[:, first:stop]), first
-        paged = Paged(s.heads(first, stop), 32)
-        paged.step([(0, 0, 690)], window)
-        assert torch.equal(paged.step([(0, 690, 691)], window)[0], whole[690:691, first:stop]), first
+    check_independence(Sequences(3, (0,) * 7 + (1,) * 7, 64, [700, 90, 333], dtype), window)
 
 
 @each_isa

@@ -12,29 +12,12 @@ import torch
 from torch import Tensor
 
 from collectives.tree import tree_sum
-from qtp.kernels.extension import native
 from qtp.kernels.interface import Expert, Norm
 from qtp.kernels.native_kernels import NativeKernels
 from qtp.kernels.torch_kernels import TorchKernels, top
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-ISAS = tuple(enumerate(native.isas()))
-
-
-@pytest.fixture(params=ISAS, ids=[name for _, name in ISAS])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    native.use_isa(request.param[0])
-    yield request.param[1]
-    native.use_isa(len(ISAS) - 1)
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def strided(generator: torch.Generator, rows: int, columns: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:

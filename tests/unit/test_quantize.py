@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from qtp.attention.torch_backend import rotate
+from qtp.cli import byte_count
 from qtp.quantize import arithmetic
 from qtp.quantize.__main__ import command, main
-from qtp.quantize.command import size_of
 from qtp.quantize.evaluate import sliding
 from qtp.quantize.lowbit import low_bit
 from qtp.quantize.observe import reach
@@ -194,8 +194,8 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
 
 
 def test_sizes() -> None:
-    assert size_of("5GB") == 5 * 10**9
-    assert size_of("1.5MiB") == 3 * 2**19
+    assert byte_count("5GB") == 5 * 10**9
+    assert byte_count("1.5MiB") == 3 * 2**19
 
 
 def test_windows_count_each_token_once() -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from collectives.communicator import Communicator
 from collectives.loopback import loopback
 from collectives.tree import tree_sum
-from qtp.kernels.extension import native
 from qtp.kernels.interface import Expert, Norm
 from qtp.kernels.native_kernels import NativeKernels
 from qtp.kernels.native_quantized import Handle
@@ -27,7 +26,6 @@ from qtp.weights.quantized import W8A8, W8A16, Float, Packed, Quantized, Unscale
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-ISAS = tuple(enumerate(native.isas()))
 TOKENS = (1, 2, 3, 4, 5, 7, 8, 11, 16, 17, 32, 40, 300)
 
 
@@ -271,21 +269,6 @@ def test_gated(kernels: Any) -> None:
         assert got.dtype == x.dtype
         close = (got.double() - expected).abs() <= 3 * ROUNDING[case.dtype] * expected.abs() + 1e-7 * (1 + up.abs())
         assert (close | (expected.abs() > 60000)).all()
-
-
-@pytest.fixture(params=ISAS, ids=[name for _, name in ISAS])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    native.use_isa(request.param[0])
-    yield request.param[1]
-    native.use_isa(len(ISAS) - 1)
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def test_native_integers_are_those_of_torch(isa: str, threads: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qtp.config import ModelConfig
 from qtp.layout.spec import Part, Spec
-from qtp.layout.split import Even, Grid, KVHeads, Once, QueryHeads, Replicate
+from qtp.layout.split import Even, Grid, KVHeads, OfRows, QueryHeads, Replicate
 from qtp.reshard import reshard as module
 from qtp.reshard.__main__ import main
 from qtp.weights.checkpoint import open_checkpoint
@@ -202,7 +202,7 @@ def quantized(config: ModelConfig) -> tuple[Spec, ...]:
         "q.input_scale": ((1,), Replicate()),
         "k.weight_scale": ((kv_width, 1), kv),
         "o.weight": ((hidden, heads), QueryHeads(1, config.heads)),
-        "o.quant_bias": ((hidden,), Once()),
+        "o.quant_bias": ((hidden,), OfRows(QueryHeads(1, config.heads), (hidden, heads), once=True)),
         "down.weight": ((hidden, config.intermediate_size), Even(1, 8)),
         "down.weight_scale": ((hidden, 5), Even(1)),
         "scalar": ((), Replicate()),

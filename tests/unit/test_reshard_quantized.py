@@ -11,7 +11,7 @@ import pytest
 import torch
 from models_helper import run_workers
 from quantized_helper import compressed, error, float_checkpoint, make, quantized_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qtp.reshard.__main__ import main
@@ -114,6 +114,23 @@ def test_a_stream_that_is_damaged_is_refused(tmp_path: Path, capfd: pytest.Captu
     assert "\n" not in str(caught.value)
     assert main(["--model", str(folder), "--verify"]) == 2
     assert name in capfd.readouterr().err
+
+
+def test_a_part_of_another_source_is_refused(tmp_path: Path) -> None:
+    """Of the same shapes and outliers: what differs is a single value."""
+    plain = float_checkpoint(tmp_path / "float", "qwen2", 7, num_hidden_layers=1)
+    cut = []
+    for name in "ab":
+        quantized_checkpoint(plain, tmp_path / name, "W8A8S", seed=1, ids=IDS)
+        if name == "b":
+            file = tmp_path / name / "quant_model_weight_w8a8s.safetensors"
+            tensors = load_file(file)
+            tensors["model.norm.weight"][3] += 1
+            save_file(tensors, file)
+        cut.append(compressed(tmp_path / name, tmp_path / f"{name}2", 2))
+    shutil.copyfile(*(folder / "part1-of-2" / "quant_model_weight_w8a8sc.safetensors" for folder in cut))
+    with pytest.raises(ValueError, match=r"part1-of-2.*is not the part that .* names"):
+        run_workers(cut[1], 2, IDS)
 
 
 def test_only_w8a8s_is_compressed(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 Memory that is to be written holds something else before, and so does memory around it and around what is read.
 """
 
-from collections.abc import Iterator
 from random import Random
 
 import pytest
@@ -11,31 +10,12 @@ import torch
 from torch import Tensor
 
 from collectives.loopback import loopback
-from qtp.kernels.extension import native
 from qtp.kernels.interface import Norm
 from qtp.kernels.native_kernels import NativeKernels
 from qtp.kernels.native_quantized import Handle
 from qtp.kernels.torch_kernels import TorchKernels
 from qtp.weights import codec
 from qtp.weights.quantized import W8A8, W8A8SC
-
-ISAS = tuple(enumerate(native.isas()))
-
-
-@pytest.fixture(params=ISAS, ids=[name for _, name in ISAS])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    native.use_isa(request.param[0])
-    yield request.param[1]
-    native.use_isa(len(ISAS) - 1)
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
 
 INTEGER = 2
 

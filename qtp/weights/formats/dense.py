@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from qtp.layout.spec import RUN, Spec
 from qtp.layout.split import Grid
-from qtp.weights.formats.format import Linear, Tensors
+from qtp.weights.formats.format import Format, Linear, Tensors
 from qtp.weights.quantized import Float
 
 
-class DenseFormat:
+class DenseFormat(Format):
     def specs(self, linear: Linear) -> Sequence[Spec]:
         return linear.weight(RUN), *linear.bias()
 

@@ -1,10 +1,11 @@
 """What a format is, and what it is given. Imports no torch."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from qtp.layout.spec import RUN, Part, Spec
 from qtp.layout.split import Grid, OfRows, Split
@@ -54,17 +55,21 @@ class Linear:
         return [range(a, b) for a, b in pairwise(ends)]
 
 
-class Format(Protocol):
+class Format(ABC):
     """How a linear layer lies in a checkpoint."""
 
+    def granularity(self, group_size: int) -> int:
+        """How many input columns of a layer stay together where it is cut. group_size: as in `Quantization`."""
+        return 1
+
+    @abstractmethod
     def specs(self, linear: Linear) -> Sequence[Spec]:
         """Its tensors; the names begin with `linear.own`."""
-        ...
 
+    @abstractmethod
     def assemble(self, linear: Linear, tensors: Tensors, rank: int, grid: Grid) -> Sequence[Quantized | Float]:
         """From the loaded tensors by `Spec.name`, what `rank` computes with: one weight, or several whose outputs follow each
         other if the parts cannot be one. Raises ValueError naming a tensor whose values cannot be."""
-        ...
 
 
 def matrix(part: Part) -> tuple[int, int]:

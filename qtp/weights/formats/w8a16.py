@@ -4,11 +4,14 @@ from collections.abc import Sequence
 
 from qtp.layout.spec import FLOAT32, INT8, Part, Spec
 from qtp.layout.split import Grid, OfGroups
-from qtp.weights.formats.format import Linear, Tensors, check_offsets, check_scales, matrix
+from qtp.weights.formats.format import Format, Linear, Tensors, check_offsets, check_scales, matrix
 from qtp.weights.quantized import W8A16
 
 
-class W8A16Format:
+class W8A16Format(Format):
+    def granularity(self, group_size: int) -> int:
+        return group_size or 1
+
     def specs(self, linear: Linear) -> Sequence[Spec]:
         size = linear.group_size or max(part.shape[1] for part in linear.parts)
 

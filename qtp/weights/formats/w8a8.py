@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 
 from qtp.layout.spec import FLOAT32, INT8, INT32, SCALE_BITS, Part, Spec
 from qtp.layout.split import Grid, With
-from qtp.weights.formats.format import Linear, Tensors, check_offsets, check_scales, matrix
+from qtp.weights.formats.format import Format, Linear, Tensors, check_offsets, check_scales, matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
 from qtp.weights.quantized import W8A8
 
 
-class W8A8Format:
+class W8A8Format(Format):
     """A newer writer's weight_scale, weight_offset and float bias are redundant, and not read: deq_scale and quant_bias hold
     them."""
 

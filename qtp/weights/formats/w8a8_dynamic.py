@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from qtp.layout.spec import FLOAT32, INT8, Spec
 from qtp.layout.split import Grid
-from qtp.weights.formats.format import Linear, Tensors, check_scales, sibling
+from qtp.weights.formats.format import Format, Linear, Tensors, check_scales, sibling
 from qtp.weights.quantized import W8A8Dynamic
 
 
-class W8A8DynamicFormat:
+class W8A8DynamicFormat(Format):
     def specs(self, linear: Linear) -> Sequence[Spec]:
         scales = (linear.outputs(name, FLOAT32, 1) for name in ("weight_scale", "weight_offset"))
         return linear.weight(INT8), *scales, *linear.bias()

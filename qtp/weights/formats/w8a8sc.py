@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from qtp.layout.spec import COMPRESSED, Spec
 from qtp.layout.split import Grid
-from qtp.weights.formats.format import Linear, Tensors
+from qtp.weights.formats.format import Format, Linear, Tensors
 from qtp.weights.formats.w8a8 import activations, static_specs, whole_quant_bias
 from qtp.weights.quantized import W8A8SC
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class W8A8SCFormat:
+class W8A8SCFormat(Format):
     def specs(self, linear: Linear) -> Sequence[Spec]:
         return linear.weight(COMPRESSED), *static_specs(linear)
 
