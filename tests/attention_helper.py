@@ -116,8 +116,8 @@ def rank_of(scales: KVScales, s: Sequences, first: int, stop: int) -> KVScales:
 
 
 def check_independence(s: Sequences, window: int | None, scales: KVScales | None = None) -> None:
-    """Asserts that a row of the first sequence, of 700 tokens beside ones of 90 and 333 at least, is the same bits in chunks of any
-    size, alone or beside others, with any blocks and threads, and with some of the heads."""
+    """Asserts that a row of the first sequence, of 700 tokens beside ones of 90 and 333 at least, is the same bits in chunks of
+    any size, alone or beside others, with any blocks and threads, and with some of the heads."""
     torch.set_num_threads(1)
     whole = Paged(s, 128, scales=scales).step([(0, 0, 700)], window)[0]
 

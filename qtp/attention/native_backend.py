@@ -17,9 +17,9 @@ from torch import Tensor
 
 from qtp.batch import Batch
 from qtp.kernels.extension import native, why_not
+from qtp.kernels.native_quantized import DTYPES
 from qtp.kv.cache import KVCache, KVScales
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_WINDOW = 2**62
 
 
@@ -47,7 +47,7 @@ class NativeAttention:
         self.cache = cache
         self.heads, self.head_dim, self.all_heads = len(kv_of), head_dim, len(kv_of) + 2 * kv_heads
         starts = (*(kv_of.index(k) for k in range(kv_heads)), len(kv_of))
-        self._spec = array("q", (_DTYPES[cache.dtype], len(kv_of), kv_heads, head_dim, block_size, *starts))
+        self._spec = array("q", (DTYPES[cache.dtype], len(kv_of), kv_heads, head_dim, block_size, *starts))
         self._address = self._spec.buffer_info()[0]
         self._keys = [layer.data_ptr() for layer in cache.keys]
         self._values = [layer.data_ptr() for layer in cache.values]

@@ -6,7 +6,6 @@ Everything is written to a folder inside the target and moved out at the end, co
 import json
 import os
 import shutil
-import struct
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from qtp.quantize.raw import as_bytes
 from qtp.weights.dtypes import WORDS
-from qtp.weights.store import ITEM_SIZE
+from qtp.weights.store import ITEM_SIZE, encoded_header
 
 PARTIAL = ".partial"
 
@@ -121,14 +120,11 @@ def _parts(planned: Sequence[Planned], max_bytes: int) -> list[list[Planned]]:
 
 
 def _header(tensors: Sequence[Planned]) -> bytes:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    fields, at = {}, 0
     for tensor in tensors:
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (at, at + tensor.size)}
+        fields[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (at, at + tensor.size)}
         at += tensor.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    return encoded_header({"format": "pt"}, fields)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 The tensors that the model declares are cut as it declares. What a checkpoint holds beyond them stays whole in the first file.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +13,7 @@ from qtp.layout.spec import Spec
 from qtp.layout.split import Box, Grid, elements
 from qtp.weights.checkpoint import Checkpoint
 from qtp.weights.mindformers import to_mindformers
-from qtp.weights.store import FLOATS, ITEM_SIZE
+from qtp.weights.store import FLOATS, ITEM_SIZE, encoded_header
 
 DIGEST_WIDTH = 32  # hex digits that mark the files of one reshard, in their headers
 
@@ -173,9 +172,7 @@ def _laid_out(
             starts[target.name, rank], at = at, stop
         mark = "0" * DIGEST_WIDTH
         metadata = {"format": "pt", **({"qtp_part": path.partition("/")[0], "qtp_cut": mark} if marked else {})}
-        text = json.dumps({"__metadata__": metadata, **fields}, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        plain = len(text).to_bytes(8, "little") + text
+        plain = encoded_header(metadata, fields)
         before, _, after = plain.partition(mark.encode())
         outputs.append(Output(path=path, size=len(plain) + at, header=(before, after) if marked else None, plain=plain))
         offsets.update({held: (number, len(plain) + start) for held, start in starts.items()})

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -46,6 +46,13 @@ class Entry:
 
 
 _State = tuple[int, int, int, int]  # device, inode, size, time of the last change: of a file
+
+
+def encoded_header(metadata: dict[str, str], fields: Mapping[str, object]) -> bytes:
+    """The first bytes of a safetensors file. fields: dtype, shape and data_offsets of each tensor by name."""
+    text = json.dumps({"__metadata__": metadata, **fields}, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 class Store:
