@@ -1,9 +1,11 @@
 """One linear layer from float to a quantized type, read, rounded and written by pieces of rows. N outputs, K input columns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from math import fsum, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,9 +63,6 @@ def tensors_of(linear: Linear, asked: Settings, kind: str, dtype: str, bias: str
     return [Planned(f"{name}.{suffix}", word, shape, kind) for suffix, word, shape in found]
 
 
-Job = tuple[Linear, Change, Seen | None, Activation | None]
-
-
 class Maker:
     """forms: the type of each layer by name; dtype: of the model."""
 
@@ -76,12 +75,6 @@ class Maker:
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
-
-    def all(self, jobs: Sequence[Job]) -> list[Made]:
-        """As `make` for each."""
-        if self._asked.kind != "W8A8S":
-            return [self.make(*job) for job in jobs]
-        return list(self._threads.map(lambda job: self.make(*job), jobs))  # whole layers side by side
 
     def make(self, linear: Linear, change: Change, seen: Seen | None, x: Activation | None) -> Made:
         """Writes the layer. seen: its input, changed as `change` says; x: how that is rounded, if that is fixed."""
@@ -97,34 +90,50 @@ class Maker:
         elif bias is not None:
             self._put_bias(linear, bias)
 
+        def weight(first: int) -> Tensor:
+            return change.weight(read(self._store, f"{own}.weight", range(first, min(first + step, n))), first)
+
         def piece(first: int) -> list[float]:
-            rows = range(first, min(first + step, n))
-            w = change.weight(read(self._store, f"{own}.weight", rows), first)
-            read_as = self._piece(linear, w, None if bias is None else bias[first : rows.stop], seen, x, first)
+            w = weight(first)
+            here = slice(first, first + len(w))
+            coded = None if sparse is None else (sparse[0][here], sparse[1][here])
+            read_as = self._piece(linear, w, None if bias is None else bias[here], coded, x, first)
             terms = [w - read_as, w]
             if exact is not None and rounded is not None:
                 y = exact @ w.T
                 terms += [(rounded @ read_as.T).sub_(y), y]
             return [float(torch.dot(term.flatten(), term.flatten())) for term in terms] + [0.0] * (4 - len(terms))
 
-        step = n if kind == "W8A8S" else max(1, _PIECE // k)
+        step = max(1, _PIECE // k)
         parts = range(0, n, step)
-        sums = list(map(piece, parts)) if len(parts) == 1 else list(self._threads.map(piece, parts))
+        sparse = None
+        if kind == "W8A8S":
+            sparse = self._low_bit([partial(weight, first) for first in parts], None if seen is None else seen.square)
+        sums = list(self._threads.map(piece, parts))
         return Made(tuple(fsum(part[i] for part in sums) for i in range(4)))
 
+    def _low_bit(self, pieces: Sequence[Callable[[], Tensor]], importance: Tensor | None) -> tuple[Tensor, Tensor]:
+        asked, run = self._asked, self._threads.map
+        how: dict[str, Any] = {"search": asked.search, "protect": asked.protect, "run": run}
+        return low_bit(pieces, importance, asked.fraction, asked.sigma_factor, **how)
+
     def _piece(
-        self, linear: Linear, w: Tensor, bias: Tensor | None, seen: Seen | None, x: Activation | None, first: int
+        self,
+        linear: Linear,
+        w: Tensor,
+        bias: Tensor | None,
+        coded: tuple[Tensor, Tensor] | None,
+        x: Activation | None,
+        first: int,
     ) -> Tensor:
-        """Writes rows from `first` on, and returns them as they will be read, in float32."""
+        """Writes rows from `first` on, and returns them as they will be read, in float32. coded: as `low_bit` chose them."""
         asked, name, kind = self._asked, linear.name, self._forms[linear.name]
         if kind == "W8A16":
             q, scales, offsets = arithmetic.groups(w, asked.group_size, asked.symmetric)
             self._put_rows(name, first, weight=q, weight_scale=scales, weight_offset=offsets)
             return arithmetic.ungrouped(q, scales, offsets, asked.group_size)
-        if kind == "W8A8S":
-            assert x is not None
-            importance = None if seen is None else seen.square
-            q, scales = low_bit(w, importance, asked.fraction, asked.sigma_factor, search=asked.search, protect=asked.protect)
+        if coded is not None:
+            q, scales = coded
         else:
             scales = arithmetic.rows_symmetric(w)
             if x is not None:

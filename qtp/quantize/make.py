@@ -177,11 +177,9 @@ class _Run:
                 seen, smoothing, inputs = self._calibrated(layer, own, calibration)
             elif calibration is not None and self.asked.head_kind in STATIC and own:
                 seen, inputs = self._calibrated_head(own[0], calibration)
-            jobs = []
             for linear in self._mine([(linear, linear.shape[0] * linear.shape[1]) for linear in own]):
                 change, before = smoothing.changes.get(linear.name, Change()), seen.get(linear.own)
-                jobs.append((linear, change, before and change.input(before), inputs.get(linear.own)))
-            for (linear, *_), made in zip(jobs, self.maker.all(jobs), strict=True):
+                made = self.maker.make(linear, change, before and change.input(before), inputs.get(linear.own))
                 self._errors[self.quantized.index(linear)] = torch.tensor(made.sums, dtype=torch.float64)
 
     def close(self) -> None:

@@ -87,7 +87,8 @@ def scored(folder: Path) -> float:
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_perplexity_stays(name: str, kind: str, tmp_path: Path, base: Callable[[str], float]) -> None:
     flags, limit = LIMITS[kind]
-    outcome = quantized(DEMO / name, tmp_path / "made", **flags)
+    more = {"count": 45} if "anti_method" in flags else {}  # what smooths an expert must have seen enough of it
+    outcome = quantized(DEMO / name, tmp_path / "made", **flags, **more)
     assert not outcome.unreached
     assert scored(tmp_path / "made") <= base(name) * (1 + limit)
 

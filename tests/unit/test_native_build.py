@@ -74,15 +74,6 @@ def test_without_a_compiler_the_build_succeeds_and_what_needs_it_says_why_not(co
     assert ask(copy, "from qtp.kernels import extension; print(extension.why_not())") == reason
 
 
-@pytest.mark.timeout(600)
-def test_with_a_compiler_it_is_built_without_a_warning(copy: Path) -> None:
-    printed = build(copy)
-    assert ": warning:" not in printed, printed
-    assert len(list(copy.glob("collectives/_native*.so"))) == len(list(copy.glob("qtp/kernels/_native*.so"))) == 1
-    assert ask(copy, "from collectives import shm; print(shm.why_not())") == "None"
-    assert ask(copy, "from qtp.kernels import extension; print(extension.why_not())") == "None"
-
-
 def test_native_code_of_another_time_is_not_used(copy: Path) -> None:
     for folder, question in (
         ("collectives", "from collectives import shm; print(shm.why_not())"),

@@ -1,6 +1,7 @@
 """The arithmetic of quantization against the documented formulas, what smoothing keeps, the share of outliers, and the flags."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,10 @@ def test_a_histogram_finds_the_range_without_the_stray_value() -> None:
     assert arithmetic.best_range(even, -6.0, 9.0, 3) == (-6.0, 9.0)
 
 
+def list_of(w: torch.Tensor, rows: int = 40) -> list[Any]:
+    return [partial(torch.Tensor.clone, part) for part in w.split(rows)]
+
+
 @pytest.mark.parametrize("sigma_factor", [None, 3.0])
 @pytest.mark.parametrize("search", [True, False])
 def test_the_share_of_outliers(search: bool, sigma_factor: float | None) -> None:
@@ -90,13 +95,15 @@ def test_the_share_of_outliers(search: bool, sigma_factor: float | None) -> None
     w[::7] *= random(14, 200, seed=5).square()
     importance = random(200, seed=3).square()
     for fraction in (0.0, 0.011, 0.05):
-        q, scale = low_bit(w, importance, fraction, sigma_factor, search=search, protect=True)
+        q, scale = low_bit(list_of(w), importance, fraction, sigma_factor, search=search, protect=True)
+        whole, _ = low_bit([lambda: w], importance, fraction, sigma_factor, search=search, protect=True)
+        assert torch.equal(q, whole), "outliers are those of all rows, however they are read"
         outside = ((q < -8) | (q > 7)).sum().item()
         assert outside <= fraction * w.numel()
         assert fraction == 0 or outside > 0
         assert q.dtype == torch.int8
         assert scale.shape == (96, 1)
-    q, _ = low_bit(w, importance, 0.011, sigma_factor, search=search, protect=False)
+    q, _ = low_bit(list_of(w), importance, 0.011, sigma_factor, search=search, protect=False)
     assert ((q >= -8) & (q <= 7)).all()
 
 
@@ -105,7 +112,7 @@ def test_protected_outliers_and_the_search_lower_the_error() -> None:
     w[:, 7] *= 12
 
     def error(fraction: float, search: bool) -> float:
-        q, scale = low_bit(w, None, fraction, None, search=search, protect=True)
+        q, scale = low_bit(list_of(w), None, fraction, None, search=search, protect=True)
         return ((w - q * scale).norm() / w.norm()).item()
 
     assert error(0.011, True) < 0.6 * error(0.0, True)

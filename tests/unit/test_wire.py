@@ -10,6 +10,7 @@ import sys
 import threading
 import tracemalloc
 from dataclasses import replace
+from mmap import mmap
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -383,11 +384,12 @@ def test_a_short_fuzz_finds_nothing() -> None:
 
 @pytest.mark.parametrize("fault", ["crash", "unclear", "accepts", "grows"])
 def test_the_fuzz_sees_what_it_looks_for(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, kept = fuzzer(), []
+    module, kept = fuzzer(), list[mmap]()
 
     def faulty(frame: bytes) -> Message:
         if fault == "grows":
-            kept.append(b"x" * 40_000)
+            kept.append(mmap(-1, 40_000))  # new memory, however much of the process's own is free
+            kept[-1].write(b"x" * 40_000)
         try:
             message = decode(frame)
         except ValueError:
