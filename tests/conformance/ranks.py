@@ -1,8 +1,9 @@
-"""One rank of the conformance suite in a process of its own: runs every case, then the failures, and writes what came of it.
+"""The ranks of the conformance suite in processes of their own: each runs every case and all failures, and tells what came of it.
 
-Argument: a JSON object. backend: see `Place`; sizes: for each wrapper the numbers of ranks to try; scenes: which failures; rank:
-this one, null under mpiexec; count: how many processes; ports and, for rank 0, descriptors of as many listeners: one for each
-number of ranks, then one a scene; folder. Results go to FOLDER/RANK.json: a text a case, "ok" or the traceback.
+Argument: a JSON object. backend: see `Place`; sizes: for each wrapper the numbers of ranks to try; scenes: which failures; count:
+how many processes; ports and, for rank 0, descriptors of as many listeners: one for each number of ranks, then one a scene;
+folder. Results go to FOLDER/RANK.json: a text a case, "ok" or the traceback. Without ports this is one rank, started by mpiexec;
+else this process forks them all once torch is imported, and prints the codes with which they ended.
 """
 
 import json
@@ -16,25 +17,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from communicator_cases import CASES, WRAPPERS
+from communicator_cases import CASES, WRAPPERS, Case
+from tree_cases import TREE_CASES
 
 from collectives import CollectiveError, Communicator, Rendezvous, create
 from collectives.hierarchical import Hierarchical
+from collectives.tree import TreeReduce
 
 CPU = torch.device("cpu")
 ENOUGH = 60.0
 SHORT = 4.0
+ALL_WRAPPERS = WRAPPERS | {"tree": TreeReduce}
+
+
+def cases_of(wrapper: str) -> dict[str, Case]:
+    return CASES | TREE_CASES if wrapper == "tree" else CASES
 
 
 class Place:
     """Where the ranks meet. backend: a name of the registry, or hierarchical or hierarchical+mpi followed by the host that each
     rank is to believe it is on, as in hierarchical/0112. Over MPI all ranks meet once, and smaller numbers are split off."""
 
-    def __init__(self, spec: dict[str, Any]) -> None:
+    def __init__(self, spec: dict[str, Any], rank: int) -> None:
         self.name, _, hosts = spec["backend"].partition("/")
         self.hosts = [int(digit) for digit in hosts]
         self.count, self.ports, self.descriptors = spec["count"], spec["ports"], spec["descriptors"]
-        self.rank = spec["rank"]
+        self.rank = rank
         self.world: Communicator | None = None
         if "mpi" in self.name:
             from mpi4py import MPI
@@ -63,9 +71,9 @@ class Place:
 def attempt_all(comm: Communicator, wrapper: str, shared: Path, results: dict[str, str]) -> bool:
     """Every case through a wrapper. After a failure the ranks may be out of step, so the rest is not run."""
     shared.mkdir(exist_ok=True)
-    for name, case in CASES.items():
+    for name, case in cases_of(wrapper).items():
         try:
-            case(WRAPPERS[wrapper](comm), shared)
+            case(ALL_WRAPPERS[wrapper](comm), shared)
         except BaseException:
             results[f"{comm.size}/{wrapper}/{name}"] = traceback.format_exc()
             return False
@@ -115,10 +123,9 @@ def scene(name: str, comm: Communicator, last: bool, folder: Path, results: dict
         results["closed"] = f"ok {error}"
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    spec = json.loads(sys.argv[1])
-    place, folder, results = Place(spec), Path(spec["folder"]), dict[str, str]()
+def attend(spec: dict[str, Any], rank: int = 0) -> None:
+    """rank: of no meaning under mpiexec."""
+    place, folder, results = Place(spec, rank), Path(spec["folder"]), dict[str, str]()
     sizes = sorted({size for tried in spec["sizes"].values() for size in tried})
     report = folder / f"{place.rank}.json"
     try:
@@ -147,5 +154,26 @@ def main() -> None:
             os._exit(0)
 
 
+def fork(spec: dict[str, Any]) -> list[int]:
+    """The exit codes of all ranks."""
+    children = []
+    for rank in range(spec["count"]):
+        pid = os.fork()
+        if not pid:
+            for descriptor in spec["descriptors"] if rank else ():
+                os.close(descriptor)
+            attend(spec, rank)
+            os._exit(1)  # is not reached
+        children.append(pid)
+    for descriptor in spec["descriptors"]:
+        os.close(descriptor)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+
+
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    given = json.loads(sys.argv[1])
+    if given["ports"]:
+        print(json.dumps(fork(given)))
+    else:
+        attend(given)

@@ -1,8 +1,10 @@
-"""The suite on every backend whose ranks are processes: gloo, shm, hierarchical with several pretended hosts, and mpi where the
-machine has it. 4 processes a backend run all cases and all failures, and report.
+"""The suite, and that of sums along a tree, on every backend whose ranks are processes: gloo, shm, hierarchical with several
+pretended hosts, and mpi where the machine has it. 4 processes a backend run all cases and all failures, and report.
 """
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from communicator_cases import CASES, PROCESS_SIZES
+from communicator_cases import PROCESS_SIZES
+from ranks import cases_of
 
 PROCESSES = 4
 SCRIPT = Path(__file__).with_name("ranks.py")
@@ -23,8 +26,8 @@ BACKENDS: dict[str, tuple[dict[str, tuple[int, ...]], tuple[str, ...]]] = {
     "gloo": (PROCESS_SIZES, FAILURES),
     "shm": (PROCESS_SIZES, FAILURES),
     "hierarchical": ({"plain": (1, 2), "checked": (2,)}, FAILURES),
-    "hierarchical/0011": ({"plain": (3, 4), "checked": (3,)}, FAILURES),
-    "hierarchical/0102": ({"plain": (3, 4)}, FAILURES),
+    "hierarchical/0011": ({"plain": (3, 4), "checked": (3,), "tree": (3, 4)}, FAILURES),
+    "hierarchical/0102": ({"plain": (3, 4), "tree": (4,)}, FAILURES),
     "hierarchical/0112": ({"plain": (4,)}, FAILURES),
     "hierarchical/0123": ({"plain": (2,)}, ()),
 }
@@ -62,45 +65,47 @@ def report_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Repor
 def run(backend: str, folder: Path) -> Report:
     sizes, scenes = BACKENDS[backend]
     spec = {"backend": backend, "sizes": sizes, "scenes": scenes, "count": PROCESSES, "folder": str(folder)}
-    spec |= {"rank": None, "ports": [], "descriptors": []}
+    command = [sys.executable, str(SCRIPT)]
     if "mpi" in backend:
-        commands = [[str(MPIEXEC), "-n", str(PROCESSES), sys.executable, str(SCRIPT), json.dumps(spec)]]
+        spec |= {"ports": [], "descriptors": []}
+        command = [str(MPIEXEC), "-n", str(PROCESSES), *command]
         listeners: list[socket.socket] = []
     else:
         count = len({n for tried in sizes.values() for n in tried}) + len(scenes)
         listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
         spec |= {"ports": [s.getsockname()[1] for s in listeners], "descriptors": [s.fileno() for s in listeners]}
-        commands = [[sys.executable, str(SCRIPT), json.dumps(spec | {"rank": rank})] for rank in range(PROCESSES)]
-    processes = [
-        subprocess.Popen(
-            command, pass_fds=[s.fileno() for s in listeners] if rank == 0 else (), stderr=subprocess.PIPE, text=True
-        )
-        for rank, command in enumerate(commands)
-    ]
+    process = subprocess.Popen(
+        [*command, json.dumps(spec)],
+        pass_fds=[s.fileno() for s in listeners],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     for listener in listeners:
         listener.close()
     try:
-        errors = [process.communicate(timeout=200)[1] for process in processes]
+        said, errors = process.communicate(timeout=200)
     finally:
-        for process in processes:
-            process.kill()
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    expected = [0] * len(processes)
+    codes = [process.returncode] * PROCESSES if "mpi" in backend else json.loads(said or "[]")
+    expected = [0] * PROCESSES
     if "gone" in scenes:
         expected[-1] = -9
     report = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(PROCESSES)]
     failed = [text for results in report for text in results.values() if text.startswith("Traceback")]
     assert not failed or all("/" in name for results in report for name in results), failed
-    assert failed or [process.returncode for process in processes] == expected, errors
+    assert failed or codes == expected, errors
     if "gone" in scenes and not failed:
         report[-1]["ended"] = (folder / "0.time").read_text(encoding="utf-8")
     return report
 
 
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
-    ("backend", "wrapper", "size"),
-    [(name, w, n) for name, (sizes, _) in BACKENDS.items() for w, tried in sizes.items() for n in tried],
+    ("backend", "wrapper", "size", "case"),
+    [(b, w, n, case) for b, (sizes, _) in BACKENDS.items() for w, tried in sizes.items() for n in tried for case in cases_of(w)],
 )
 def test_backend(backend: str, wrapper: str, size: int, case: str, report_of: Callable[[str], Report]) -> None:
     told = [results.get(f"{size}/{wrapper}/{case}", "not run: an earlier case failed") for results in report_of(backend)[:size]]

@@ -1,11 +1,10 @@
-"""Sums along the tree: the suite and the tree's own cases over TreeReduce, as threads and, on each backend, as processes."""
+"""Sums along the tree: the suite and the tree's own cases over TreeReduce, as threads; for processes see test_processes.py."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import test_processes
 import torch
 from communicator_cases import CASES
 from test_communicators import raise_first, run_threads
@@ -17,17 +16,6 @@ from collectives.tree import TreeReduce, tree_sum
 from collectives.wrapped import Wrapped
 
 ALL_CASES = CASES | TREE_CASES
-PROCESSES = [
-    (backend, sizes)
-    for backend, sizes in {
-        "shm": (2, 3, 4),
-        "gloo": (2, 3, 4),
-        "hierarchical/0011": (3, 4),
-        "hierarchical/0102": (4,),
-        "mpi": (2, 3, 4),
-    }.items()
-    if backend in test_processes.BACKENDS
-]
 
 
 @pytest.mark.parametrize("count", TREES)
@@ -92,14 +80,3 @@ def test_halves_of_two_ranks_are_rounded_alike_over_a_backend_that_rounds_in_its
         same_bits(TreeReduce(comm).all_reduce(inputs[comm.rank].clone()), expected)
 
     raise_first(run_threads([_CutsOffHalves(c) for c in loopback(2, timeout=30.0)], call))
-
-
-@pytest.mark.parametrize(("backend", "sizes"), PROCESSES)
-def test_ranks_as_processes(backend: str, sizes: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(test_processes, "SCRIPT", Path(__file__).with_name("tree_ranks.py"))
-    monkeypatch.setitem(test_processes.BACKENDS, backend, ({"tree": sizes}, ()))
-    report = test_processes.run(backend, tmp_path)
-    for size in sizes:
-        for rank in range(size):
-            told = {case: report[rank].get(f"{size}/tree/{case}", "not run") for case in ALL_CASES}
-            assert told == dict.fromkeys(ALL_CASES, "ok"), (size, rank)

@@ -1,6 +1,7 @@
 """What TreeReduce must do beyond the cases of every communicator: each rank of any backend runs these, on a TreeReduce."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,11 +29,16 @@ TREES: dict[int, Callable[..., Tensor]] = {
 
 def summands(count: int, length: int, dtype: torch.dtype) -> list[Tensor]:
     """Numbers of very different sizes, so that most sums depend on the order, among them zeros of both signs."""
+    return list(_summands(count, length).to(dtype).unbind())
+
+
+@cache
+def _summands(count: int, length: int) -> Tensor:
     generator = torch.Generator().manual_seed(97 * count + length)
     x = torch.randn(count, length, generator=generator, dtype=torch.float64)
     x *= 2.0 ** torch.randint(-12, 4, (count, length), generator=generator)
     x[:, ::13] *= 0.0
-    return list(x.to(dtype).unbind())
+    return x
 
 
 def by_hand(tensors: Sequence[Tensor]) -> Tensor:
