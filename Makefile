@@ -15,7 +15,7 @@ demo: .venv/ready
 	    --input_texts "def mean(data):" "class Path:"
 
 test: .venv/ready
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 3 --dist loadfile  # one more than CI has cores: much of it waits
 
 lint: .venv/ready
 	.venv/bin/ruff check .
