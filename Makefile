@@ -14,8 +14,9 @@ demo: .venv/ready
 	.venv/bin/torchrun --standalone --nproc-per-node 2 -m qtp.run_pa --model qtp/demo/dense --tp 2 --max_batch_size 2 --max_output_length 48 \
 	    --input_texts "def mean(data):" "class Path:"
 
+# One more at a time than CI has cores: much of it waits.
 test: .venv/ready
-	$(PY) -m pytest -n 3 --dist loadfile  # one more than CI has cores: much of it waits
+	$(PY) -m pytest -n 3 --dist loadfile
 
 lint: .venv/ready
 	.venv/bin/ruff check .
