@@ -1,4 +1,4 @@
-"""What `make mutants` would change stands in the code, and the tests that should notice exist; it takes too long for every day."""
+"""What `make mutants` would change stands in the code, and the tests it names exist: all of it takes too long for every day."""
 
 import importlib.util
 from pathlib import Path
