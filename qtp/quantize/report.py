@@ -92,10 +92,12 @@ def draw(folder: Path, content: Mapping[str, Any]) -> str:
     except ImportError:
         return "no picture of the errors: matplotlib is not installed; pip install 'qtp[report]'"
     series: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    found = {name: re.search(r"\.layers\.(\d+)\.", name) for name in content["layers"]}
+    head = 1 + max((int(layer[1]) for layer in found.values() if layer), default=-1)  # behind the last layer
     for name, errors in content["layers"].items():
-        layer = re.search(r"\.layers\.(\d+)\.", name)
+        layer = found[name]
         error = errors["weight_error"] if errors["output_error"] is None else errors["output_error"]
-        series[name.rsplit(".", 1)[-1]][int(layer[1]) if layer else 0].append(error)
+        series[name.rsplit(".", 1)[-1]][int(layer[1]) if layer else head].append(error)
     for layer_number, pair in enumerate(content["kv_cache"]):
         for which in ("key", "value"):
             series[f"{which} cache"][layer_number].append(pair[f"{which}_error"])
@@ -105,7 +107,7 @@ def draw(folder: Path, content: Mapping[str, Any]) -> str:
         axes.plot(list(by_layer), [sum(some) / len(some) for some in by_layer.values()], marker="o", markersize=3, label=kind)
     axes.set(xlabel="layer", ylabel="relative error", yscale="log", title=f"{content['model_quant_type']}: error per layer")
     axes.grid(alpha=0.3)
-    axes.legend(ncols=3, fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(folder / PICTURE, dpi=120)
     return f"errors per layer: {PICTURE}, {REPORT}"
 
