@@ -429,10 +429,10 @@ def make(family: str, name: str, folder: Path, **config: Any) -> tuple[Path, lis
     raise AssertionError("no ids without a near tie")
 
 
-def compressed(folder: Path, out: Path, tp: int) -> Path:
-    """A W8A8S checkpoint as W8A8SC for `tp` ranks."""
+def compressed(folder: Path, out: Path, tp: int, *words: str) -> Path:
+    """A W8A8S checkpoint as W8A8SC for `tp` ranks. words: more of the command line."""
     if not out.exists():
-        assert compress(["--model_path", str(folder), "--save_directory", str(out), "--tp", str(tp)]) == 0
+        assert compress(["--model_path", str(folder), "--save_directory", str(out), "--tp", str(tp), *words]) == 0
     return out
 
 

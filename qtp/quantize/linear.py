@@ -1,11 +1,10 @@
 """One linear layer from float to a quantized type, read, rounded and written by pieces of rows. N outputs, K input columns."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from math import fsum, sqrt
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,32 +89,36 @@ class Maker:
         elif bias is not None:
             self._put_bias(linear, bias)
 
+        step = max(1, _PIECE // k)
+        parts = range(0, n, step)
+
         def weight(first: int) -> Tensor:
             return change.weight(read(self._store, f"{own}.weight", range(first, min(first + step, n))), first)
 
+        coded = None
+        if kind == "W8A8S":
+            assert x is not None
+            coded = low_bit(
+                [partial(weight, first) for first in parts],
+                None if seen is None else seen.square,
+                self._asked.fraction,
+                self._asked.sigma_factor,
+                search=self._asked.search,
+                protect=self._asked.protect,
+                run=self._threads.map,
+            )
+
         def piece(first: int) -> list[float]:
             w = weight(first)
-            here = slice(first, first + len(w))
-            coded = None if sparse is None else (sparse[0][here], sparse[1][here])
-            read_as = self._piece(linear, w, None if bias is None else bias[here], coded, x, first)
+            read_as = self._piece(linear, w, None if bias is None else bias[first : first + len(w)], coded, x, first)
             terms = [w - read_as, w]
             if exact is not None and rounded is not None:
                 y = exact @ w.T
                 terms += [(rounded @ read_as.T).sub_(y), y]
             return [float(torch.dot(term.flatten(), term.flatten())) for term in terms] + [0.0] * (4 - len(terms))
 
-        step = max(1, _PIECE // k)
-        parts = range(0, n, step)
-        sparse = None
-        if kind == "W8A8S":
-            sparse = self._low_bit([partial(weight, first) for first in parts], None if seen is None else seen.square)
         sums = list(self._threads.map(piece, parts))
         return Made(tuple(fsum(part[i] for part in sums) for i in range(4)))
-
-    def _low_bit(self, pieces: Sequence[Callable[[], Tensor]], importance: Tensor | None) -> tuple[Tensor, Tensor]:
-        asked, run = self._asked, self._threads.map
-        how: dict[str, Any] = {"search": asked.search, "protect": asked.protect, "run": run}
-        return low_bit(pieces, importance, asked.fraction, asked.sigma_factor, **how)
 
     def _piece(
         self,
@@ -126,19 +129,20 @@ class Maker:
         x: Activation | None,
         first: int,
     ) -> Tensor:
-        """Writes rows from `first` on, and returns them as they will be read, in float32. coded: as `low_bit` chose them."""
+        """Writes rows from `first` on, and returns them as they will be read, in float32. coded: all rows by `low_bit`."""
         asked, name, kind = self._asked, linear.name, self._forms[linear.name]
         if kind == "W8A16":
             q, scales, offsets = arithmetic.groups(w, asked.group_size, asked.symmetric)
             self._put_rows(name, first, weight=q, weight_scale=scales, weight_offset=offsets)
             return arithmetic.ungrouped(q, scales, offsets, asked.group_size)
-        if coded is not None:
-            q, scales = coded
+        if coded is None:
+            values, scales = w, arithmetic.rows_symmetric(w)
         else:
-            scales = arithmetic.rows_symmetric(w)
-            if x is not None:
-                scales = arithmetic.static_scales(scales, bias, x)
-            q = (w / scales).round_().to(torch.int8)
+            codes, scales = (rows[first : first + len(w)] for rows in coded)
+            values = codes * scales  # which larger scales, for a bias, keep within their range
+        if x is not None:
+            scales = arithmetic.static_scales(scales, bias, x)
+        q = (values / scales).round_().to(torch.int8)
         if x is None:
             self._put_rows(name, first, weight=q, weight_scale=scales, weight_offset=torch.zeros_like(scales))
         else:

@@ -29,7 +29,7 @@ TREES: dict[int, Callable[..., Tensor]] = {
 
 def summands(count: int, length: int, dtype: torch.dtype) -> list[Tensor]:
     """Numbers of very different sizes, so that most sums depend on the order, among them zeros of both signs."""
-    return list(_summands(count, length).to(dtype).unbind())
+    return list(_summands(count, length).to(dtype, copy=True).unbind())
 
 
 @cache

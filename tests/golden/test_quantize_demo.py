@@ -222,6 +222,22 @@ def test_float16_models_have_their_scales_as_bits(tmp_path: Path) -> None:
     assert scored(tmp_path / "made") <= scored(source) * 1.01
 
 
+@pytest.mark.parametrize("preset", ["qwen_w8a8", "qwen_w4a8"])
+def test_a_row_of_zeros_keeps_its_bias(preset: str, tmp_path: Path) -> None:
+    source, name = tmp_path / "float", "model.layers.0.self_attn.q_proj"
+    shutil.copytree(DEMO / "dense", source)
+    tensors = load_file(source / "model.safetensors")
+    tensors[f"{name}.weight"][3] = 0
+    bias = tensors[f"{name}.bias"][3] = 0.75
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    quantized(source, tmp_path / "made", count=5, **PRESETS[preset])
+    read = {key: x for file in (tmp_path / "made").glob("*.safetensors") for key, x in load_file(file).items()}
+    assert (read[f"{name}.weight"][3] == 0).all()
+    step = read[f"{name}.deq_scale"][3].item()
+    assert 0 < step < 0.05 * bias
+    assert abs(read[f"{name}.quant_bias"][3].item() * step - bias) <= 0.5001 * step
+
+
 def test_a_run_that_fails_leaves_nothing(tmp_path: Path) -> None:
     def fail(outcome: Outcome, folder: Path) -> None:
         assert (folder / "config.json").exists()

@@ -51,6 +51,22 @@ def test_so_does_what_is_compressed(made: Made, family: str, name: str, tp: int,
         run_workers(small, 5, ids)
 
 
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+@pytest.mark.parametrize(("tp", "moe_tp"), [(3, 3), (4, 2), (8, 4)])
+@pytest.mark.parametrize("name", CASES)
+def test_experts_cut_by_column(made: Made, name: str, tp: int, moe_tp: int, kernels: str) -> None:
+    folder, ids, logits = made("qwen2_moe", name)
+    how = {"moe_tp": moe_tp, "kernels": kernels}
+    if name in ("dynamic", "w8a8-mixed"):
+        with pytest.raises(ValueError, match=rf"moe_tp {moe_tp} cuts the columns of an expert, and W8A8_DYNAMIC"):
+            run_workers(folder, tp, ids, **how)
+        return
+    assert error(run_workers(folder, tp, ids, **how), logits) < 1e-4
+    if name in ("w8a8s", "w8a8s-apart"):
+        small = compressed(folder, folder.with_name(f"w8a8sc-{tp}-{moe_tp}"), tp, "--moe_tp", str(moe_tp))
+        assert error(run_workers(small, tp, ids, **how), logits) < 1e-4
+
+
 @pytest.mark.parametrize("name", ["w8a8", "w8a16-64", "dynamic"])
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_moe"])

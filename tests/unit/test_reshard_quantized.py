@@ -82,14 +82,26 @@ def test_every_cut_to_every_other_and_back(name: str, family: str, tmp_path: Pat
     check_all(source, tmp_path, lambda n: moved(source, tmp_path / f"{n}", "--tp", str(n)))
 
 
-def test_so_do_compressed_parts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe"])
+def test_so_do_compressed_parts(family: str, tmp_path: Path) -> None:
     source = tmp_path / "whole"
-    plain = float_checkpoint(tmp_path / "float", "qwen2", 7, num_hidden_layers=1)
+    plain = float_checkpoint(tmp_path / "float", family, 7, num_hidden_layers=1)
     quantized_checkpoint(plain, source, "W8A8S", seed=1, ids=IDS)
     check_all(source, tmp_path, lambda n: compressed(source, tmp_path / f"{n}", n))
 
 
-def test_so_do_compressed_experts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "dynamic"])
+def test_so_do_experts_cut_by_column(name: str, tmp_path: Path) -> None:
+    kind, how = KINDS[name]
+    source, sizes = tmp_path / "whole", {"num_hidden_layers": 1, "moe_intermediate_size": 150}
+    quantized_checkpoint(float_checkpoint(tmp_path / "float", "qwen2_moe", 7, **sizes), source, kind, seed=1, ids=IDS, **how)
+    three = moved(source, tmp_path / "3", "--tp", "3", "--moe_tp", "3")
+    eight = moved(three, tmp_path / "8", "--tp", "8", "--moe_tp", "4")
+    assert alike(parts_of(eight), parts_of(moved(source, tmp_path / "direct", "--tp", "8", "--moe_tp", "4")))
+    check_whole(moved(eight, tmp_path / "back", "--format", "hf"), source)
+
+
+def test_compressed_parts_that_were_cut_again_run(tmp_path: Path) -> None:
     source, ids, logits = make("qwen2_moe", "w8a8s", tmp_path)
     for a, b in ((3, 2), (8, 1), (1, 7)):
         cut = moved(compressed(source, tmp_path / f"{a}", a), tmp_path / f"{a}-{b}", "--tp", str(b))

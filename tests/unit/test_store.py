@@ -15,22 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qtp.layout.split import Box, elements
+from qtp.weights.dtypes import TORCH_DTYPES
 from qtp.weights.store import ITEM_SIZE, Store
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (5, 3), (4, 1, 6), (2, 3, 4, 5), (0,), (3, 0), (1, 9))
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -44,8 +31,8 @@ def noise(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def tensors() -> dict[str, Tensor]:
-    names = [(name, shape) for name in DTYPES for shape in SHAPES]
-    return {f"{name}.{'x'.join(map(str, shape))}": noise(shape, DTYPES[name], i) for i, (name, shape) in enumerate(names)}
+    names = [(name, shape) for name in TORCH_DTYPES for shape in SHAPES]
+    return {f"{name}.{'x'.join(map(str, shape))}": noise(shape, TORCH_DTYPES[name], i) for i, (name, shape) in enumerate(names)}
 
 
 def some_box(shape: tuple[int, ...], rng: random.Random) -> Box:
@@ -84,12 +71,12 @@ def test_boxes_equal_the_librarys(files: int, tmp_path: Path) -> None:
     if not files:
         save_file(content, str(tmp_path / SINGLE), metadata={"format": "pt"})
     store, rng = Store(tmp_path), random.Random(files)
-    assert len(store) == len(content) == len(DTYPES) * len(SHAPES)
+    assert len(store) == len(content) == len(TORCH_DTYPES) * len(SHAPES)
     for name, file in weight_map.items():
         with safe_open(str(tmp_path / file), "pt") as library:
             x = library.get_tensor(name)
         entry = store.check(name, tuple(x.shape))
-        assert DTYPES[entry.dtype] == x.dtype
+        assert TORCH_DTYPES[entry.dtype] == x.dtype
         assert entry.file == tmp_path / file
         for box in [tuple(range(n) for n in x.shape), *(some_box(tuple(x.shape), rng) for _ in range(4))]:
             before, expected = store.bytes_read, sliced(x, box)
