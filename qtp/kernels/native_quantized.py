@@ -213,6 +213,8 @@ class Handle:
             offset = weight.offset if weight.offset.any() else None
             groups = (scale.stride(0), weight.group, weight.phase if weight.group else 0)
             assert offset is None or offset.stride() == scale.stride(), "scale and offset lie alike"
+            needed = -(-(weight.phase + columns) // weight.group) if weight.group else 1
+            assert not columns or scale.shape[1] >= needed, f"{columns} columns from {weight.phase} of a group on: {scale.shape}"
         self._columns, self._held = columns, (weight, norm)
         self.native = native.Int8Linear(
             *(kind, rows, columns, *place, input_scale, input_offset),
