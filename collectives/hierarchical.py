@@ -169,6 +169,8 @@ class Hierarchical(Communicator):
 
 def over_gloo(rendezvous: Rendezvous, device: torch.device) -> Communicator:
     """Gloo between hosts."""
+    if device.type != "cpu":
+        raise ValueError(f"communicator 'hierarchical' works on cpu, not on device {device.type}; choose gloo")
     return Hierarchical(torch_group.gloo(rendezvous, device, chosen="hierarchical"), rendezvous.timeout)
 
 

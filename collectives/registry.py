@@ -23,6 +23,7 @@ _FACTORIES: dict[str, str] = {
     "hierarchical": "collectives.hierarchical:over_gloo",
     "hierarchical+mpi": "collectives.hierarchical:over_mpi",
     "nccl": "collectives.torch_group:nccl",
+    "cuda_ipc": "collectives.cuda_ipc:create",
     "hccl": "collectives.torch_group:hccl",
 }
 

@@ -31,6 +31,7 @@ from collectives.communicator import (
 )
 from collectives.network import own_address
 from collectives.rendezvous import Rendezvous
+from collectives.staged import Staged
 
 Exchange = Callable[[bytes], list[bytes]]
 
@@ -295,13 +296,26 @@ NCCL = Backend(name="nccl", device_type="cuda", half_sum=True, scatters=True, bl
 
 
 def gloo(rendezvous: Rendezvous, device: torch.device, *, chosen: str = "gloo") -> Communicator:
-    """Sockets between hosts and processes, for CPU tensors. chosen: what the user called it, where it is part of another one."""
-    return TorchGroup(GLOO, join(rendezvous, chosen), rendezvous.rank, rendezvous.size, rendezvous, device)
+    """Sockets between hosts and processes. It carries CPU tensors; those of another device go through host memory, copied by hand
+    (`Staged`), so that ranks can share one. chosen: what the user called it, where it is part of another one."""
+    host = torch.device("cpu")
+    group = TorchGroup(GLOO, join(rendezvous, chosen), rendezvous.rank, rendezvous.size, rendezvous, host)
+    return group if device.type == "cpu" else Staged(group, device)
 
 
 def nccl(rendezvous: Rendezvous, device: torch.device) -> Communicator:
     """NVIDIA's library, for CUDA tensors; one rank a GPU. The caller has made `device` the current one."""
     return TorchGroup(NCCL, join(rendezvous, "nccl"), rendezvous.rank, rendezvous.size, rendezvous, device)
+
+
+def nccl_or_gloo(rendezvous: Rendezvous, device: torch.device, chosen: str, card: str) -> Communicator:
+    """NCCL if each rank tells the name of another `card`; otherwise gloo through host memory. chosen: as in `gloo`."""
+    store = join(rendezvous, chosen)
+    cards = _exchange_over(store, "card", rendezvous)(card.encode())
+    if len(set(cards)) == rendezvous.size:
+        return TorchGroup(NCCL, store, rendezvous.rank, rendezvous.size, rendezvous, device)
+    group = TorchGroup(GLOO, store, rendezvous.rank, rendezvous.size, rendezvous, torch.device("cpu"))
+    return Staged(group, device)
 
 
 def _torch_npu() -> Any:

@@ -2,10 +2,19 @@
 
 from array import array
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import accumulate, chain, takewhile
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceTables:
+    """A batch's kv_lens and tables on the device, int64: the blocks of sequence s are blocks[starts_S[s]] and what follows."""
+
+    lens_S: Tensor
+    starts_S: Tensor
+    blocks: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,7 +23,8 @@ class Batch:
 
     token_ids_T, positions_T, slots_T: int64; slots index the KV cache. query_lens: new tokens of each sequence, in order;
     kv_lens: its tokens in the cache once the step's own are written. tables: the blocks of each sequence in order of
-    position, just those that kv_lens needs. The first `num_decodes` sequences have one new token each.
+    position, just those that kv_lens needs. The first `num_decodes` sequences have one new token each. on_device: where
+    lengths and tables lie there already, which is then what counts.
     """
 
     token_ids_T: Tensor
@@ -24,6 +34,16 @@ class Batch:
     kv_lens: tuple[int, ...]
     tables: tuple[tuple[int, ...], ...]
     num_decodes: int
+    on_device: DeviceTables | None = None
+
+
+def on_device(batch: Batch, device: torch.device) -> DeviceTables:
+    """By one copy."""
+    starts = [0, *accumulate(map(len, batch.tables))]
+    numbers = array("q", chain(batch.kv_lens, starts[:-1], chain.from_iterable(batch.tables)))
+    sequences = len(batch.tables)
+    there = torch.frombuffer(numbers, dtype=torch.int64).to(device)
+    return DeviceTables(lens_S=there[:sequences], starts_S=there[sequences : 2 * sequences], blocks=there[2 * sequences :])
 
 
 def make_batch(parts: list[tuple[tuple[int, ...], int, tuple[int, ...]]], block_size: int, device: torch.device) -> Batch:

@@ -158,13 +158,20 @@ class EngineConfig:
     max_model_len: tokens of prompt and output together; max_position_embeddings: the limit of these, in place of the model's;
     num_kv_blocks: blocks of block_size tokens in each rank's KV cache; timeout: seconds a collective may take.
 
+    kv_cache_gib: of a rank's KV cache; on CPUs 4 if neither this nor num_kv_blocks is given. Cards then run a step of the largest
+    size once the weights are there, and the cache takes what that leaves of gpu_memory_utilization, a share of the card's memory
+    that all ranks on the card, and whoever else uses it, have together.
+
     launcher: 'auto' (whoever started this process; a lone process starts local ranks), 'local' or 'ray' (at ray_address, or a
     cluster of its own). bind_cpu: pin ranks to cores. stall_timeout: seconds without progress in a step, or without a sign of
     life, after which a rank counts as hung; 0: never. on_death: what rank 0 does when another rank is gone: 'raise' RankDied
     from the call that runs or comes next, or 'exit', the process, at once.
 
-    kernels: 'auto', 'native' (compiled code, on CPUs) or 'torch' (torch's own operations, on any device). deterministic: tokens
-    and logprobs of a request are the same bits whatever else runs, however its prompt is cut, and at 1, 2, 4 and 8 ranks.
+    kernels: 'auto', 'native' (compiled code, on CPUs), 'triton' (on cuda) or 'torch' (torch's own operations, on any device).
+    load_format: 'auto', or 'dummy': random weights of the shapes that config.json tells, which needs no weight files.
+    enforce_eager: no CUDA graphs of decode steps, which cost seconds at start and some memory.
+    deterministic: tokens and logprobs of a request are the same bits whatever else runs, however its prompt is cut, and at 1, 2,
+    4 and 8 ranks.
     """
 
     model: str
@@ -181,7 +188,8 @@ class EngineConfig:
     max_model_len: int | None = None
     max_position_embeddings: int | None = None
     num_kv_blocks: int | None = None
-    kv_cache_gib: float = 4.0
+    kv_cache_gib: float | None = None
+    gpu_memory_utilization: float = 0.9
     vocab_limit: int | None = None
     threads: int | None = None
     timeout: float = 300.0
@@ -191,6 +199,8 @@ class EngineConfig:
     stall_timeout: float = 60.0
     on_death: str = "raise"
     kernels: str = "auto"
+    enforce_eager: bool = False
+    load_format: str = "auto"
     deterministic: bool = False
 
     def __post_init__(self) -> None:
@@ -202,8 +212,11 @@ class EngineConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value} must be at least 1")
         for name in ("kv_cache_gib", "timeout"):
-            if not 0 < getattr(self, name) < inf:
-                raise ValueError(f"{name} {getattr(self, name)} must be a number above 0")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < inf:
+                raise ValueError(f"{name} {value} must be a number above 0")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization {self.gpu_memory_utilization} must be above 0 and at most 1")
         if self.dtype != "auto":
             check_dtype(self.dtype, "dtype")
         if not 0 <= self.stall_timeout < inf:
@@ -211,7 +224,8 @@ class EngineConfig:
         _check_choice("device", self.device, ("auto", "cpu", "cuda", "npu"))
         _check_choice("launcher", self.launcher, ("auto", "local", "ray"))
         _check_choice("on_death", self.on_death, ("raise", "exit"))
-        _check_choice("kernels", self.kernels, ("auto", "native", "torch"))
+        _check_choice("load_format", self.load_format, ("auto", "dummy"))
+        _check_choice("kernels", self.kernels, ("auto", "native", "triton", "torch"))
         if self.ray_address is not None and self.launcher != "ray":
             raise ValueError(f"ray_address {self.ray_address!r} needs launcher 'ray'")
 

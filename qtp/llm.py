@@ -27,7 +27,7 @@ from qtp.engine.scheduler import Scheduler
 from qtp.hub import folder_of
 from qtp.kernels.extension import why_not as why_no_kernels
 from qtp.kv.blocks import BlockPool
-from qtp.resolve import describe, resolve, shares
+from qtp.resolve import describe, resolve, shares, why_no_triton
 from qtp.tokenizer import Tokenizer
 from qtp.weights.checkpoint import open_checkpoint
 from qtp.weights.names import declare
@@ -89,14 +89,15 @@ class LLM:
             sys.exit(follow(config, model, rendezvous))
         for line in describe(config, model):
             log.info(line)
-        assert config.num_kv_blocks is not None
         assert config.max_model_len is not None
         self.ranks = _ranks(config, model, rendezvous, progress)
         weakref.finalize(self, self.ranks.close)  # at the latest when the interpreter ends
         for ready in self.ranks.ready:
             told = (ready.rank, ready.bytes_read, ready.weight_bytes, ready.cores)
             log.info("rank %d: read %d bytes, holds %d bytes of weights; %s", *told)
-        pool = BlockPool(config.num_kv_blocks, config.block_size)
+        assert self.ranks.worker is not None
+        self.config = replace(config, num_kv_blocks=self.ranks.worker.num_kv_blocks)
+        pool = BlockPool(self.ranks.worker.num_kv_blocks, config.block_size)
         self._grown: dict[int, EngineRequest] = {}
         self.engine = Engine(
             self.ranks,
@@ -251,13 +252,21 @@ def cpu_communicator(config: EngineConfig, rendezvous: Rendezvous) -> str:
     return "hierarchical"
 
 
-def _has_cuda(config: EngineConfig) -> bool:
-    """Whether torch finds a CUDA (or ROCm) device; torch is not asked where the answer does not matter or there is no driver."""
+def cuda_communicator(config: EngineConfig, rendezvous: Rendezvous, cards: int) -> str:
+    """What ranks on CUDA devices talk over where nothing was chosen: nccl, which wants a card a rank, or gloo where this host has
+    fewer than ranks. Ray gives each rank a card of its own. The same on every rank of hosts that are alike."""
+    if rendezvous.size > 1:
+        return "gloo" if rendezvous.local_size > cards else "nccl"
+    return "gloo" if config.launcher != "ray" and config.tp > cards else "nccl"
+
+
+def _cuda_devices(config: EngineConfig) -> int:
+    """How many CUDA (or ROCm) devices torch finds; it is not asked where the answer does not matter or there is no driver."""
     if config.device not in ("auto", "cuda") or not (_has_nvidia_driver() or Path("/dev/kfd").exists()):
-        return False
+        return 0
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _has_nvidia_driver() -> bool:
@@ -282,12 +291,25 @@ def prepare(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
     config = replace(config, model=str(folder))
     asked, any_kernels = config.communicator, config.kernels == "auto"
     chosen = cpu_communicator(config, rendezvous) if asked == "auto" and config.tp != 1 else ""
-    config = resolve(config, model, world_size, cuda=_has_cuda(config), cpu_communicator=chosen)
+    cards = _cuda_devices(config)
+    config = resolve(
+        config,
+        model,
+        world_size,
+        cuda=cards > 0,
+        cpu_communicator=chosen,
+        cuda_communicator=cuda_communicator(config, rendezvous, cards),
+    )
     if asked != "auto":
         _check_communicator(config, world_size)
+    elif config.communicator == "gloo" and config.device == "cuda" and rendezvous.rank == 0:
+        log.warning("ranks talk over gloo, through host memory: there are more of them on this host than its %d cards", cards)
     elif config.communicator == "gloo" and (reason := SHM.why_not()) and rendezvous.rank == 0:
         log.warning("ranks talk over gloo, which is slower than shared memory: %s", reason)
     if any_kernels and config.device == "cpu" and (reason := why_no_kernels()) and rendezvous.rank == 0:
         log.warning("the arithmetic is torch's own, which is slower than compiled kernels: %s", reason)
-    verify(open_checkpoint(folder, model.weight_files, config.grid()), declare(model), config.grid())
+    if any_kernels and config.device == "cuda" and (reason := why_no_triton()) and rendezvous.rank == 0:
+        log.warning("the arithmetic is torch's own, which is slower than kernels in Triton: %s", reason)
+    if config.load_format != "dummy":
+        verify(open_checkpoint(folder, model.weight_files, config.grid()), declare(model), config.grid())
     return config, model

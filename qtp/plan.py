@@ -1,4 +1,4 @@
-"""What a run would need, before anything is loaded: `python -m qtp.plan --model DIR --tp N [--nodes N] [--max-len L]`.
+"""What a run would need, before anything is loaded: `python -m qtp.plan --model DIR --tp N [--nodes N] [--max-len L] [--card C]`.
 
 Reads the config and the headers of the weight files alone, and imports no torch.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf
 
+from qtp.cards import CARDS, Card, bytes_read, card, decode_limit, loads, prefill_limit
 from qtp.cli import Parser, run
 from qtp.config import EngineConfig, ModelConfig
 from qtp.hub import folder_of
@@ -39,6 +40,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--memory", type=float, metavar="GIB", help="of one rank; default: this machine's memory shared by a host's ranks"
     )
+    p.add_argument(
+        "--card", metavar="NAME", help=f"one a rank, in place of --memory: {', '.join(c.name for c in CARDS.values())}"
+    )
+    p.add_argument("--gpu_memory_utilization", type=float, metavar="0..1", help="of the card's memory; default 0.9")
     return p
 
 
@@ -129,7 +134,11 @@ def command(argv: list[str] | None) -> int:
     if args.batch < 1:
         raise ValueError(f"--batch {args.batch} must be at least 1")
     nodes = placed(config.tp, args.nodes)
-    memory = int((args.memory if args.memory is not None else machine_bytes() / 2**30 / len(nodes[0])) * 2**30)
+    device, utilization = _card(args)
+    if device is not None:
+        memory = int(device.memory * utilization)
+    else:
+        memory = int((args.memory if args.memory is not None else machine_bytes() / 2**30 / len(nodes[0])) * 2**30)
     length = config.max_model_len or context_limit(model)
 
     rows = shares(model, grid, config.dtype)
@@ -155,23 +164,71 @@ def command(argv: list[str] | None) -> int:
         )
     if len(nodes) > 1:
         _print_nodes(model, config.dtype, rows, nodes, memory, args.batch)
+    if device is not None:
+        print(
+            f"card {device.name}: {device.memory / 2**30:.1f} GiB, of which {utilization:g} are {memory / 2**30:.2f} GiB; it "
+            f"reads {device.bandwidth / 1e12:g} TB/s and does {device.peak / 1e12:g} TFLOP/s in bfloat16"
+        )
+        _print_card(model, config, device, memory, args.batch, length)
 
     spare = min(memory - s.weight_bytes - working_bytes(model, s, config.dtype, STEP_TOKENS) for s in rows)
     per_token = max(s.kv_bytes_per_token for s in rows)
     longest = min(context_limit(model), max(0, spare) // per_token)
     batch = max(0, spare) // (per_token * length)
+    more = "--memory" if device is None else "--gpu-memory-utilization"
     print(f"memory of a rank: {memory / 2**30:.2f} GiB; left for KV on the fullest: {spare / 2**30:.2f} GiB")
     print(f"longest context for one sequence: {longest} tokens; sequences of {length} tokens at once: {batch}")
     if spare < 0:
-        print("no: the weights and a step's working memory alone do not fit; raise --tp or --memory")
+        print(f"no: the weights and a step's working memory alone do not fit; raise --tp or {more}")
         return 1
     if batch < 1:
-        print(
-            f"no: one sequence of {length} tokens does not fit; raise --tp or --memory, or lower --max-len to {longest} or less"
-        )
+        print(f"no: one sequence of {length} tokens does not fit; raise --tp or {more}, or lower --max-len to {longest} or less")
         return 1
     print("yes: it fits")
     return 0
+
+
+def _card(args: argparse.Namespace) -> tuple[Card | None, float]:
+    """The card that was named, if any, and how much of it may be used."""
+    asked = args.gpu_memory_utilization
+    if args.card is None:
+        if asked is not None:
+            raise ValueError(f"--gpu_memory_utilization {asked:g} is of a card; name it with --card, or give --memory")
+        return None, 1.0
+    if args.memory is not None:
+        raise ValueError(f"--memory {args.memory:g} and --card {args.card} both say what a rank has; give one of them")
+    if asked is not None and not 0 < asked <= 1:
+        raise ValueError(f"--gpu_memory_utilization {asked:g} must be above 0 and at most 1")
+    return card(args.card), 0.9 if asked is None else asked
+
+
+def _print_card(model: ModelConfig, config: EngineConfig, device: Card, memory: int, batch: int, length: int) -> None:
+    """What such cards hold and how fast they can be, at some world sizes and at the run's own."""
+    print("      weights(GiB)  working(GiB)  KV tokens  decode at most(tokens/s)           prefill at most(tokens/s)")
+    for tp in sorted({1, 2, 4, 8, config.tp}):
+        if tp != config.tp and tp > model.num_heads:
+            continue
+        asked = replace(config, tp=tp) if tp == config.tp else replace(config, tp=tp, moe_ep=-1, moe_tp=-1)
+        try:
+            grid = resolve(asked, model, 1, cuda=False).grid()
+        except ValueError as error:
+            print(f"tp {tp:<2} {error}")
+            continue
+        rows = shares(model, grid, config.dtype)
+        working = [working_bytes(model, s, config.dtype, STEP_TOKENS) for s in rows]
+        spare = min(memory - s.weight_bytes - step for s, step in zip(rows, working, strict=True))
+        per_token = max(s.kv_bytes_per_token for s in rows)
+        sizes = f"tp {tp:<2} {max(s.weight_bytes for s in rows) / 2**30:12.2f}  {max(working) / 2**30:12.2f}"
+        if spare < per_token:
+            print(f"{sizes}  does not fit")
+            continue
+        held = loads(model, grid, config.dtype)
+        many = min(batch, spare // (per_token * length))
+        speeds = f"{decode_limit(bytes_read(model, held, 1), 0, device, 1):.0f}"
+        if many:
+            together = decode_limit(bytes_read(model, held, many), length * per_token, device, many)
+            speeds += f"; {together:.0f} for {many} x {length} tokens"
+        print(f"{sizes}  {spare // per_token:9}  {speeds:33}  {prefill_limit(model, held, device):.0f}")
 
 
 def _print_nodes(model: ModelConfig, dtype: str, rows: list[RankShare], nodes: list[range], memory: int, batch: int) -> None:

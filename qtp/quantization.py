@@ -1,5 +1,6 @@
 """What a checkpoint folder says of its quantization: `quantize` and `quantization_config` of config.json, and the description
-file with the type of each tensor. The format is msModelSlim's. Imports no torch.
+file with the type of each tensor. The format is msModelSlim's, in whose words W8A8_FP8 is described too; or else
+llm-compressor's (`compressed_tensors`). Imports no torch.
 """
 
 import json
@@ -8,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FLOAT = "FLOAT"
-WEIGHT_TYPES = (FLOAT, "W8A8", "W8A8S", "W8A8SC", "W8A8_DYNAMIC", "W8A16")
+from qtp.compressed_tensors import METHOD, Scheme, read_scheme
+
+FLOAT, FP8 = "FLOAT", "W8A8_FP8"
+WEIGHT_TYPES = (FLOAT, "W8A8", "W8A8S", "W8A8SC", "W8A8_DYNAMIC", FP8, "W8A16")
 C8, FAQUANT = "C8", "FAQuant"
 GROUP_SIZES = (0, 64, 128, 256)
 _WORDS = tuple(word.lower() for word in WEIGHT_TYPES)
@@ -21,21 +24,24 @@ class Quantization:
     """word: as config.json's `quantize`, "float" where only the KV cache is quantized. types: of each tensor of the checkpoint.
     group_size: input columns that share a scale in W8A16, 0 for all. kv_cache: "C8", an int8 KV cache with a scale and an offset
     for each channel; "FAQuant", int8 queries, keys and values with a scale for each head; or None. source: the description's
-    path."""
+    path, or config.json's where that says all by a `scheme`; types is empty then."""
 
     word: str
     types: Mapping[str, str] = field(hash=False)
     group_size: int
     kv_cache: str | None
     source: str
+    scheme: Scheme | None = None
 
     @property
     def stem(self) -> str:
         """What the names of the weight files begin with."""
-        return "model" if self.word == "float" else f"quant_model_weight_{self.word}"
+        return "model" if self.word == "float" or self.scheme is not None else f"quant_model_weight_{self.word}"
 
     def type_of(self, weight: str) -> str:
         """The type of a linear layer by the name of its weight. ValueError if the description lacks it or it is unknown."""
+        if self.scheme is not None:
+            return FP8 if self.scheme.quantizes(weight) else FLOAT
         kind = self.types.get(weight)
         if kind is None:
             raise ValueError(f"{self.source}: says nothing of {weight}; the description and config.json do not belong together")
@@ -51,10 +57,13 @@ def read_quantization(folder: Path, raw: dict[str, Any], source: str) -> Quantiz
     settings = raw.get("quantization_config") or raw.get("quantization") or {}
     if not isinstance(settings, dict):
         raise ValueError(f"{source}: quantization_config must be an object, not {settings!r}")
+    if settings.get("quant_method") == METHOD:
+        scheme = read_scheme(settings, source)
+        return Quantization(word=FP8.lower(), types={}, group_size=0, kv_cache=None, source=source, scheme=scheme)
     if "quant_method" in settings:
         raise ValueError(
-            f"{source}: quant_method {settings['quant_method']!r} is not supported; supported are the types of msModelSlim "
-            f"({', '.join(_WORDS[1:])}), which python -m qtp.quantize makes from a float checkpoint"
+            f"{source}: quant_method {settings['quant_method']!r} is not supported; supported are {METHOD} in float8, and the "
+            f"types of msModelSlim ({', '.join(_WORDS[1:])}), which python -m qtp.quantize makes from a float checkpoint"
         )
     if not word and not settings:
         return None

@@ -3,6 +3,7 @@ on every rank. Also the arithmetic of memory that `qtp.plan` prints."""
 
 import os
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 from qtp.config import EngineConfig, ModelConfig
 from qtp.kernels.extension import why_not
@@ -12,6 +13,8 @@ from qtp.weights.assemble import check_quantization
 from qtp.weights.names import declare
 
 ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+_KV_CACHE_GIB = 4.0  # of a rank on a CPU
+_HOST_MEMORY = ("shm", "mpi", "hierarchical", "hierarchical+mpi")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,12 +64,20 @@ def context_limit(model: ModelConfig) -> int:
 
 
 def resolve(
-    config: EngineConfig, model: ModelConfig, world_size: int, *, cuda: bool, cpu_communicator: str = "gloo"
+    config: EngineConfig,
+    model: ModelConfig,
+    world_size: int,
+    *,
+    cuda: bool,
+    cpu_communicator: str = "gloo",
+    cuda_communicator: str = "nccl",
 ) -> EngineConfig:
-    """`config` with tp, dtype, device, communicator, kernels, max_model_len and num_kv_blocks settled.
+    """`config` with tp, dtype, device, communicator, kernels, max_model_len and num_kv_blocks settled; the last stays None on a
+    card, whose memory tells it once the weights are there, unless num_kv_blocks or kv_cache_gib is given.
 
-    world_size: what a launcher started, 1 for a lone process; cpu_communicator: what several ranks on CPUs talk over unless
-    they are told. Raises ValueError for a choice that cannot be.
+    world_size: what a launcher started, 1 for a lone process; cuda: whether there is such a device; cpu_communicator,
+    cuda_communicator: what several ranks on these devices talk over unless they are told. Raises ValueError for a choice that
+    cannot be.
     """
     tp = world_size if config.tp == -1 else config.tp
     if tp < 1:
@@ -100,11 +111,20 @@ def resolve(
         raise ValueError(f"{config.model}: config.json does not say the dtype of the weights; give --dtype")
     communicator = config.communicator
     if communicator == "auto":
-        communicator = "solo" if tp == 1 else {"cpu": cpu_communicator, "cuda": "nccl", "npu": "hccl"}[device]
+        communicator = "solo" if tp == 1 else {"cpu": cpu_communicator, "cuda": cuda_communicator, "npu": "hccl"}[device]
+    if device != "cpu" and communicator in _HOST_MEMORY:
+        raise ValueError(
+            f"communicator {communicator!r} works on cpu, not on device {device}; choose auto, or gloo, which goes through host "
+            "memory"
+        )
     config = replace(
         config, dtype=dtype, device=device, communicator=communicator, max_model_len=length, kernels=_kernels(config, device)
     )
-    blocks = config.num_kv_blocks or _kv_blocks(config, model, grid, length)
+    blocks = config.num_kv_blocks
+    if blocks is None:
+        if device != "cpu" and config.kv_cache_gib is None:
+            return config
+        blocks = _kv_blocks(config, model, grid)
     if device == "cpu" and (needed := blocks * _block_bytes(config, model, grid)) > machine_bytes():
         has = machine_bytes() / 2**30
         raise ValueError(f"{blocks} KV blocks need {needed / 2**30:.1f} GiB, and this machine has {has:.1f}; lower num_kv_blocks")
@@ -115,9 +135,20 @@ def _kernels(config: EngineConfig, device: str) -> str:
     reason = why_not() if device == "cpu" else f"they run on cpu, not on device {device}"
     if config.kernels == "native" and reason is not None:
         raise ValueError(f"kernels 'native': {reason}; or choose torch")
+    if config.kernels == "triton" and device != "cuda":
+        raise ValueError(f"kernels 'triton' run on cuda, not on device {device}; choose auto, or --device cuda")
+    if config.kernels == "triton" and why_no_triton() is not None:
+        raise ValueError(f"kernels 'triton': {why_no_triton()}; or choose torch")
     if config.deterministic and (reason is not None or config.kernels == "torch"):
         raise ValueError(f"deterministic needs the native kernels: {reason or 'torch was chosen'}; or leave it away")
-    return config.kernels if config.kernels != "auto" else "native" if reason is None else "torch"
+    if config.kernels != "auto":
+        return config.kernels
+    return "native" if reason is None else "triton" if device == "cuda" and why_no_triton() is None else "torch"
+
+
+def why_no_triton() -> str | None:
+    """Why kernels in Triton cannot be had, in words; None if they can. The package is looked for, not imported."""
+    return None if find_spec("triton") is not None else "the package triton is not installed; pip install triton"
 
 
 def machine_bytes() -> int:
@@ -130,16 +161,19 @@ def _block_bytes(config: EngineConfig, model: ModelConfig, grid: Grid) -> int:
     return config.block_size * max(share.kv_bytes_per_token for share in shares(model, grid, config.dtype))
 
 
-def _kv_blocks(config: EngineConfig, model: ModelConfig, grid: Grid, length: int) -> int:
-    """As many blocks as max_num_seqs sequences of `length` tokens could use, within kv_cache_gib on the fullest rank."""
-    per_block = _block_bytes(config, model, grid)
-    most = config.max_num_seqs * -(-length // config.block_size)
-    fits = int(config.kv_cache_gib * 2**30) // per_block
+def blocks_of(config: EngineConfig) -> int:
+    """KV blocks that a sequence of max_model_len tokens takes; `config` is resolved."""
+    assert config.max_model_len is not None
+    return -(-config.max_model_len // config.block_size)
+
+
+def _kv_blocks(config: EngineConfig, model: ModelConfig, grid: Grid) -> int:
+    """As many blocks as max_num_seqs sequences of max_model_len tokens could use, within kv_cache_gib on the fullest rank."""
+    per_block, gib = _block_bytes(config, model, grid), config.kv_cache_gib or _KV_CACHE_GIB
+    fits = int(gib * 2**30) // per_block
     if fits < 1:
-        raise ValueError(
-            f"kv_cache_gib {config.kv_cache_gib:g} is less than one block of {per_block} bytes; raise it or lower block_size"
-        )
-    return min(most, fits)
+        raise ValueError(f"kv_cache_gib {gib:g} is less than one block of {per_block} bytes; raise it or lower block_size")
+    return min(config.max_num_seqs * blocks_of(config), fits)
 
 
 def describe(config: EngineConfig, model: ModelConfig) -> list[str]:
@@ -148,11 +182,15 @@ def describe(config: EngineConfig, model: ModelConfig) -> list[str]:
     rows = shares(model, grid, config.dtype)
     weights = [row.weight_bytes for row in rows]
     experts = f" (moe_ep {grid.moe_ep}, moe_tp {grid.moe_tp})" if model.moe is not None else ""
-    kv = (config.num_kv_blocks or 0) * _block_bytes(config, model, grid) / 2**20
+    blocks = f"KV blocks of {config.block_size} tokens"
+    if config.num_kv_blocks is None:
+        kv = f"{blocks} from gpu_memory_utilization {config.gpu_memory_utilization:g}"
+    else:
+        size = config.num_kv_blocks * _block_bytes(config, model, grid) / 2**20
+        kv = f"{config.num_kv_blocks} {blocks} ({size:.1f} MiB on the fullest rank)"
     head = (
         f"tp {config.tp}{experts}, {config.dtype} on {config.device}, communicator {config.communicator}, "
-        f"{config.kernels} kernels, {config.num_kv_blocks} KV blocks of {config.block_size} tokens "
-        f"({kv:.1f} MiB on the fullest rank), context {config.max_model_len}"
+        f"{config.kernels} kernels, {kv}, context {config.max_model_len}"
     )
     waste = f"the fullest rank holds {max(weights) * len(weights) / sum(weights):.2f} times the mean"
     if config.deterministic:

@@ -17,6 +17,7 @@ from qtp.inputs import Inputs, Prompt
 from qtp.kv.blocks import BlockPool
 from qtp.llm import LLM, prepare
 from qtp.report import Stream, check_writable, print_answers, write_jsonl, write_statistics
+from qtp.resolve import blocks_of
 from qtp.tokenizer import Tokenizer
 
 log = logging.getLogger("qtp")
@@ -76,10 +77,15 @@ def parser() -> argparse.ArgumentParser:
     )
     ranks.add_argument("--threads", type=int, help="of each rank; default: its share of the cores")
     ranks.add_argument("--bind_cpu", type=boolean, default=True, metavar="0|1", help="pin each rank to its share of the cores")
-    ranks.add_argument("--kernels", default="auto", help="auto, native, torch")
+    ranks.add_argument("--kernels", default="auto", help="auto, native, triton, torch")
+    ranks.add_argument("--load_format", default="auto", help="auto, or dummy: random weights, which need no weight files")
+    ranks.add_argument("--enforce_eager", action="store_true", help="no CUDA graphs of decode steps")
     ranks.add_argument("--deterministic", action="store_true", help="the same bits in any company and at 1, 2, 4, 8 ranks")
     ranks.add_argument("--block_size", type=int, default=128, help="tokens in a KV block")
     ranks.add_argument("--num_kv_blocks", type=int, help="default: what the requests need")
+    ranks.add_argument(
+        "--gpu_memory_utilization", type=float, default=0.9, metavar="0..1", help="of a card's memory, by all that use it"
+    )
     ranks.add_argument("--max_prefill_tokens", type=int, default=-1, help="token budget of a step")
     ranks.add_argument("--max_position_embeddings", type=int, help="replaces the config's")
     ranks.add_argument("--timeout", type=float, default=300.0, help="seconds for joining and for a collective")
@@ -171,6 +177,8 @@ def command(argv: list[str] | None) -> int:
             moe_tp=args.moe_tp,
             dtype=args.dtype,
             kernels=args.kernels,
+            enforce_eager=args.enforce_eager,
+            load_format=args.load_format,
             deterministic=args.deterministic,
             device=args.device,
             communicator=args.communicator,
@@ -179,6 +187,7 @@ def command(argv: list[str] | None) -> int:
             max_num_batched_tokens=budget,
             max_prefill_seqs=args.max_prefill_batch_size,
             num_kv_blocks=args.num_kv_blocks,
+            gpu_memory_utilization=args.gpu_memory_utilization,
             threads=args.threads,
             max_position_embeddings=args.max_position_embeddings,
             timeout=args.timeout,
@@ -192,8 +201,7 @@ def command(argv: list[str] | None) -> int:
     tokenizer = Tokenizer(Path(config.model)) if args.load_tokenizer else None
     prompts = read_prompts(args, tokenizer)
     assert config.max_model_len is not None
-    assert config.num_kv_blocks is not None
-    pool = BlockPool(config.num_kv_blocks, config.block_size)
+    pool = BlockPool(config.num_kv_blocks or blocks_of(config), config.block_size)
     for prompt in prompts:
         check_request(
             prompt.token_ids,
@@ -203,8 +211,10 @@ def command(argv: list[str] | None) -> int:
             pool=pool,
             has_decoder=tokenizer is not None,
         )
-    if args.num_kv_blocks is None:
-        most = sorted(longest(len(p.token_ids), params, config.max_model_len) for p in prompts)[-args.max_batch_size :]
+    most = sorted(longest(len(p.token_ids), params, config.max_model_len) for p in prompts)[-args.max_batch_size :]
+    if config.num_kv_blocks is None:  # a card has room for so many, and is asked for no more than these
+        config = replace(config, max_model_len=most[-1])
+    elif args.num_kv_blocks is None:
         config = replace(config, num_kv_blocks=min(pool.num_blocks, sum(map(pool.needed, most))))
     with LLM.prepared(config, model, tokenizer, progress=True) as llm:
         outputs, streamed = generate(llm, prompts, params)

@@ -3,9 +3,12 @@
 A mutant is a list of replacements, each of which must find its text exactly once. It is applied to a copy of the tree; the
 tests named with it run there and must fail. A mutant that survives, or whose text is no longer found, ends this script with
 exit code 1. Mutants of code for an instruction set that this processor lacks are named and left out.
+
+--device cuda: the tests run on a card, and the mutants are those whose code and tests do.
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -17,12 +20,18 @@ from pathlib import Path
 from qtp.kernels.extension import native
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+from device_helper import on_device  # noqa: E402
+
 COPIED = ("collectives", "launch", "qtp", "tests", "scripts", "pyproject.toml", "setup.py")
 PARITY = ("tests/loopback/test_parity.py",)
 BATCHING = ("tests/loopback/test_batching.py",)
 DETERMINISTIC = ("tests/loopback/test_deterministic.py",)
 KERNEL_TESTS = ("tests/unit/test_native_kernels.py",)
 QUANTIZED_TESTS = ("tests/unit/test_quantized_kernels.py",)
+FP8_TESTS = ("tests/unit/test_fp8.py",)
+TRITON_EXPERT_TESTS = ("tests/unit/test_triton_experts.py",)
+TRITON_QUANTIZED_TESTS = "tests/unit/test_triton_quantized.py::test_{}"
 ATTENTION_TESTS = ("tests/unit/test_native_attention.py",)
 INT8_TESTS = ("tests/unit/test_int8_attention.py",)
 SPARSE_TESTS = ("tests/unit/test_sparse_kernels.py",)
@@ -66,6 +75,7 @@ def mutant(name: str, file: str, old: str, new: str, tests: tuple[str, ...] = PA
 QWEN2, MOE_MODEL, MOE = "qtp/models/qwen2.py", "qtp/models/qwen2_moe.py", "qtp/layers/moe.py"
 SPLIT, BATCH, EMBED = "qtp/layout/split.py", "qtp/batch.py", "qtp/layers/embedding.py"
 CODEC = "qtp/weights/codec.py"
+TRITON_EXPERTS, TRITON_QUANTIZED = "qtp/kernels/triton/expert_kernels.py", "qtp/kernels/triton/quantized_kernels.py"
 SAMPLING, ATTENTION, SCHEDULER = "qtp/worker/sampling.py", "qtp/attention/torch_backend.py", "qtp/engine/scheduler.py"
 ENGINE, ROPE, LOADER = "qtp/engine/engine.py", "qtp/layers/rope.py", "qtp/weights/loader.py"
 TREE, FORMATS = "collectives/tree.py", "qtp/weights/formats/"
@@ -246,6 +256,37 @@ MUTANTS = (
     mutant("quant_bias counts in every leaf", NATIVE_QUANTIZED, "[torch.zeros_like(weight.quant_bias)]", "[weight.quant_bias]", QUANTIZED_TESTS),
     mutant("quant_bias counts in every leaf, in torch", TORCH_QUANTIZED, "totals[first_leaf(cuts)] +=", "totals +=", QUANTIZED_TESTS),
     mutant("each rank scales by its own maxima", TORCH_QUANTIZED, "if across is None or across.size == 1:", "if True:", QUANTIZED_TESTS),
+    mutant("each rank scales float8 by its own maxima", TORCH_QUANTIZED, "fp8_token_scales(token_maxima(x_TD, across))",
+           "fp8_token_scales(token_maxima(x_TD))", FP8_TESTS),
+    mutant("a token that rounds to zeros is not a number in float8", TORCH_QUANTIZED, "return torch.where(scales > 0, scales, 1.0)",
+           "return scales", FP8_TESTS),
+    mutant("what llm-compressor left in float is taken for float8", "qtp/compressed_tensors.py", " and not _among(layer, self.ignore)", "",
+           ("tests/unit/test_quantization.py",)),
+    mutant("float8 is rounded from a little below", TORCH_QUANTIZED, ".clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)",
+           ".clamp_(-FP8_MAX, FP8_MAX).mul_(1 - 2**-6).to(torch.float8_e4m3fn)", FP8_TESTS),
+    mutant("float8 weights have the scale of int8 ones", "qtp/quantize/arithmetic.py", "keepdim=True) / FP8_MAX)", "keepdim=True) / 127)", FP8_TESTS),
+    mutant("the sums of the last of several programs are lost, in Triton", TRITON_QUANTIZED, "for s in range(SPLIT):", "for s in range(SPLIT - 1):",
+           (TRITON_QUANTIZED_TESTS.format("sums_of_several_programs"),)),
+    mutant("programs that have arrived are not forgotten, in Triton", TRITON_QUANTIZED, "            tl.store(place, 0)\n", "",
+           (TRITON_QUANTIZED_TESTS.format("nothing_else_is_written_or_read"),)),
+    mutant("groups begin where a rank does for some tokens, in Triton", TRITON_QUANTIZED, "group * GROUP - PHASE + within_D", "group * GROUP + within_D",
+           (TRITON_QUANTIZED_TESTS.format("all_token_counts"),)),
+    mutant("inputs are cut off at the point, in Triton", TRITON_QUANTIZED, "((levels + _WHOLE) - _WHOLE)", "levels",
+           (TRITON_QUANTIZED_TESTS.format("inputs_are_quantized_as_by_torch"),)),
+    mutant("up has the scales of gate, in Triton", TRITON_QUANTIZED, "_scaled(up_NT, N + held_N,", "_scaled(up_NT, held_N,",
+           (TRITON_QUANTIZED_TESTS.format("gated"),)),
+    mutant("the last block of the vocabulary wins among equals, in Triton", "qtp/kernels/triton/vocabulary.py", "keys_B > most_B", "keys_B >= most_B",
+           ("tests/unit/test_triton_vocabulary.py::test_many_blocks_are_merged_in_rounds",)),
+    mutant("gate and up of an expert change places, in Triton", TRITON_EXPERTS, "at_N % 2 * F if GATED", "(1 - at_N % 2) * F if GATED", TRITON_EXPERT_TESTS),
+    mutant("blocks of pairs begin where those of the expert before end, in Triton", TRITON_EXPERTS, "begin = first // BLOCK_M + e\n",
+           "begin = first // BLOCK_M\n", TRITON_EXPERT_TESTS),
+    mutant("a full block of pairs is cut one short, in Triton", TRITON_EXPERTS, "tl.minimum(start_B + BLOCK_M, first + count)",
+           "tl.minimum(start_B + BLOCK_M - 1, first + count)", TRITON_EXPERT_TESTS),
+    mutant("outputs of experts that other ranks hold are added, in Triton", TRITON_EXPERTS, "mask=inside_D & held", "mask=inside_D", TRITON_EXPERT_TESTS),
+    mutant("all experts quantize as the first does, in Triton", TRITON_EXPERTS, "tl.load(inputs_ptr + slot * 2), tl.load(inputs_ptr + slot * 2 + 1)",
+           "tl.load(inputs_ptr), tl.load(inputs_ptr + 1)", TRITON_EXPERT_TESTS),
+    mutant("a token goes to its best expert K times, in Triton", "qtp/kernels/triton/routing.py", 'left_E = tl.where(at_E == best, float("-inf"), left_E)',
+           "pass", TRITON_EXPERT_TESTS),
     mutant("a leaf's first group is its neighbour's", TORCH_QUANTIZED, "first, last = (weight.phase + start) // weight.group,",
            "first, last = (weight.phase + start + 1) // weight.group,", QUANTIZED_TESTS),
     mutant("quantized weights take the original norm", NATIVE_QUANTIZED, "            norm = norm.anti\n", "            pass\n", QUANTIZED_TESTS),
@@ -348,7 +389,15 @@ MUTANTS = (
 )  # fmt: skip
 
 
-def survives(change: Mutant) -> str | None:
+CPU_ONLY = (NATIVE, KERNELS, "qtp/kernels/native", "qtp/attention/native", "collectives/shm.py", HIERARCHICAL)
+
+
+def runs_on(change: Mutant, device: str) -> bool:
+    """Whether its code and all its tests run on `device`."""
+    return device == "cpu" or (on_device(change.tests) and not any(edit.file.startswith(CPU_ONLY) for edit in change.changes))
+
+
+def survives(change: Mutant, device: str) -> str | None:
     """None if the tests fail under the mutant; otherwise what is wrong."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         tree = Path(folder)
@@ -368,14 +417,19 @@ def survives(change: Mutant) -> str | None:
             built = subprocess.run(build, cwd=tree, capture_output=True, text=True, check=False)
             if built.returncode or "failed" in built.stderr:
                 return f"it does not compile: {built.stderr[-300:]}"
-        code = run_tests(tree, change.tests)
+        code = run_tests(tree, change.tests, device)
         return None if code == 1 else f"the tests ended with exit code {code} ({', '.join(change.tests)})"
 
 
-def run_tests(tree: Path, tests: tuple[str, ...]) -> int:
+def run_tests(tree: Path, tests: tuple[str, ...], device: str) -> int:
     """Pytest's exit code in `tree`: 0 all passed, 1 some failed, anything else is no verdict (-1: it took too long)."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--timeout", "120", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--timeout", "120", "--device", device, *tests]
     environment = {"PYTHONPATH": str(tree), "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
+    if device != "cpu":  # where the driver, Triton's compilers and what they have compiled are found
+        environment |= {
+            name: os.environ[name] for name in ("HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CC") if name in os.environ
+        }
+        environment["PATH"] = os.environ["PATH"]
     try:
         return subprocess.run(command, cwd=tree, env=environment, capture_output=True, timeout=900).returncode
     except subprocess.TimeoutExpired:
@@ -386,19 +440,23 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", default="", help="mutants whose name contains this")
     p.add_argument("--jobs", type=int, default=2)
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = p.parse_args()
     named = [m for m in MUTANTS if args.only in m.name]
-    chosen = [m for m in named if m.isa in ISAS]
+    chosen = [m for m in named if m.isa in ISAS and runs_on(m, args.device)]
     for m in named:
         if m not in chosen:
-            print(f"left out  {m.name}: this processor has no {m.isa}")
+            reason = (
+                f"this processor has no {m.isa}" if m.isa not in ISAS else f"its code or its tests do not run on {args.device}"
+            )
+            print(f"left out  {m.name}: {reason}")
     needed = tuple(sorted({test for m in chosen for test in m.tests}))
-    if run_tests(ROOT, needed) != 0:
+    if run_tests(ROOT, needed, args.device) != 0:
         print("the tests fail without any mutant; mend that first")
         return 1
     alive = 0
     with ThreadPoolExecutor(args.jobs) as pool:
-        for m, problem in zip(chosen, pool.map(survives, chosen), strict=True):
+        for m, problem in zip(chosen, pool.map(survives, chosen, [args.device] * len(chosen)), strict=True):
             alive += problem is not None
             print(f"{'SURVIVED' if problem else 'killed  '}  {m.name}{f': {problem}' if problem else ''}", flush=True)
     print(f"{len(chosen) - alive} of {len(chosen)} mutants killed")

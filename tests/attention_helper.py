@@ -1,6 +1,7 @@
 """Sequences for the tests of attention, what attention over them is in float64, and a paged cache that they go into."""
 
 import random
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import torch
@@ -13,6 +14,7 @@ from qtp.kv.cache import KVCache, KVScales
 CPU = torch.device("cpu")
 NAN = float("nan")
 LAYER = 1
+INT8_TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}  # over an int8 cache
 
 
 class Sequences:
@@ -62,7 +64,8 @@ class Sequences:
 
 
 class Paged:
-    """A cache that is full of NaN (int8: of `poison`), and a backend over it, into which sequences go chunk by chunk."""
+    """A cache on `device` that is full of NaN (int8: of `poison`), and a backend over it, into which sequences go chunk by chunk.
+    What goes in and comes out is on the CPU."""
 
     def __init__(
         self,
@@ -72,25 +75,40 @@ class Paged:
         backend: type = NativeAttention,
         scales: KVScales | None = None,
         poison: int = 127,
+        device: torch.device = CPU,
     ) -> None:
-        self.s, self.block_size = s, block_size
+        self.s, self.block_size, self.scales, self.device = s, block_size, scales, device
         needed = [-(-len(x) // block_size) for x in s.qkv]
         blocks = list(range(sum(needed) + 3))
         random.Random(seed).shuffle(blocks)
         self.tables = [tuple(blocks[sum(needed[:i]) : sum(needed[: i + 1])]) for i in range(len(needed))]
-        self.cache = KVCache(2, len(blocks), block_size, s.kv_heads, s.head_dim, s.dtype, CPU, scales)
+        there = None if scales is None else moved(scales, device)
+        self.cache = KVCache(2, len(blocks), block_size, s.kv_heads, s.head_dim, s.dtype, device, there)
         self.cache.keys.fill_(NAN if scales is None else poison)
         self.cache.values.fill_(NAN if scales is None else poison)
-        self.backend = backend(self.cache, s.kv_of, CPU)
+        self.backend = backend(self.cache, s.kv_of, device)
 
     def step(self, chunks: list[tuple[int, int, int]], window: int | None = None) -> list[Tensor]:
         """Runs (sequence, start, stop)s, those of one token first, and returns what each gives."""
         parts = [((1,) * (stop - start), start, self.tables[i]) for i, start, stop in chunks]
-        rows = [slice(start, stop) for _, start, stop in chunks]
-        cos, sin = (torch.cat([t[r] for r in rows]) for t in (self.s.cos, self.s.sin))
-        qkv = torch.cat([self.s.qkv[i][r] for (i, _, _), r in zip(chunks, rows, strict=True)])
-        out = self.backend.run(self.backend.plan(make_batch(parts, self.block_size, CPU), cos, sin), LAYER, qkv, window)
+        plan = self.backend.plan(make_batch(parts, self.block_size, self.device), *self.angles(chunks))
+        out = self.backend.run(plan, LAYER, self.rows(chunks), window).cpu()
         return list(out.split([stop - start for _, start, stop in chunks]))
+
+    def angles(self, chunks: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+        """cos and sin of a step's tokens, on the device."""
+        cos, sin = (torch.cat([t[start:stop] for _, start, stop in chunks]) for t in (self.s.cos, self.s.sin))
+        return cos.to(self.device), sin.to(self.device)
+
+    def rows(self, chunks: list[tuple[int, int, int]]) -> Tensor:
+        """Queries, keys and values of a step's tokens, on the device."""
+        return torch.cat([self.s.qkv[i][start:stop] for i, start, stop in chunks]).to(self.device)
+
+    def cached(self, sequence: int, stop: int) -> tuple[Tensor, Tensor]:
+        """What is in the cache of a sequence's first tokens: keys and values [stop, K, d]."""
+        slots = self.slots(sequence, stop)
+        keys, values = (x[LAYER].flatten(0, 1).cpu()[slots] for x in (self.cache.keys, self.cache.values))
+        return keys, values
 
     def slots(self, sequence: int, stop: int) -> Tensor:
         """Of a sequence's first tokens."""
@@ -103,7 +121,90 @@ class Paged:
         for i, stop in enumerate(stops):
             if stop:
                 keys, values = self.s.turned(i, stop)[:, heads:], self.s.qkv[i][:stop, heads + self.s.kv_heads :]
-                self.cache.write(LAYER, self.slots(i, stop), keys, values)
+                self.cache.write(LAYER, *(x.to(self.device) for x in (self.slots(i, stop), keys, values)))
+
+
+def moved(scales: KVScales, device: torch.device) -> KVScales:
+    tensors = {field.name: getattr(scales, field.name) for field in fields(scales)}
+    return KVScales(**{name: None if x is None else x.to(device) for name, x in tensors.items()})
+
+
+def with_outliers(s: Sequences, seed: int) -> Sequences:
+    """Some channels of keys and values a hundred times as large; queries there are small, or they alone would decide."""
+    dice, heads, half = random.Random(seed), len(s.kv_of), s.head_dim // 2
+    for kv_head in range(s.kv_heads):
+        key, value = heads + kv_head, heads + s.kv_heads + kv_head
+        turned, channel = dice.randrange(half), dice.randrange(s.head_dim)
+        for x in s.qkv:
+            for i in (turned, turned + half):
+                x[:, key, i] *= 100
+                x[:, [h for h, k in enumerate(s.kv_of) if k == kv_head], i] *= 0.01
+            x[:, value, channel] = x[:, value, channel] * 30 + 100
+    return s
+
+
+def scales_of(s: Sequences, seed: int, query: bool = False) -> KVScales:
+    """Scales and offsets per channel from the smallest and the largest of all tokens, moved a little, so that some are clamped
+    and offsets are no integers. With `query` per head instead, and of queries as well. What belongs to other layers and heads is
+    NaN."""
+    g, heads = torch.Generator().manual_seed(seed), len(s.kv_of)
+    turned = torch.cat([s.turned(i, len(x)) for i, x in enumerate(s.qkv)]).float()
+    values = torch.cat([x[:, heads + s.kv_heads :] for x in s.qkv]).float()
+
+    def measured(x_LHd: Tensor) -> tuple[Tensor, Tensor]:
+        over = (0, 2) if query else (0,)
+        low, high = x_LHd.amin(over, keepdim=True)[0], x_LHd.amax(over, keepdim=True)[0]
+        shift = torch.rand(2, *low.shape, generator=g) * 0.3 - 0.1
+        low, high = low - shift[0] * (high - low + 1e-3), high + shift[1] * (high - low + 1e-3)
+        scale = (high - low) / 255
+        wide = [torch.full((3, len(scale) + 2, s.head_dim), NAN) for _ in range(2)]
+        for of, x in zip(wide, (scale, -low / scale - 128), strict=True):
+            of[LAYER, 1:-1] = x
+        return wide[0][:2, 1:-1], wide[1][:2, 1:-1]
+
+    key, value = measured(turned[:, heads:]), measured(values)
+    found = KVScales(key_scale=key[0], key_offset=key[1], value_scale=value[0], value_offset=value[1])
+    if not query:
+        return found
+    scale, offset = measured(turned[:, :heads])
+    return replace(found, query_scale=scale[..., 0], query_offset=offset[..., 0])
+
+
+def codes(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    return torch.clamp(torch.round(x.float() / scale + offset), -128, 127)
+
+
+def dequantized_attention(paged: Paged, sequence: int, start: int, stop: int, window: int | None) -> Tensor:
+    """What the formulas make, in float64, of the codes in the cache and the queries of tokens start ... stop - 1."""
+    s, scales = paged.s, paged.scales
+    assert scales is not None
+    query = s.turned(sequence, stop)[start:, : len(s.kv_of)].double()
+    if scales.query_scale is not None and scales.query_offset is not None:
+        scale, offset = (x[LAYER, :, None] for x in (scales.query_scale, scales.query_offset))
+        query = (codes(query, scale, offset).double() - offset.double()) * scale.double()
+    key, value = (x.double() for x in paged.cached(sequence, stop))
+    key = (key - scales.key_offset[LAYER].double()) * scales.key_scale[LAYER].double()
+    value = (value - scales.value_offset[LAYER].double()) * scales.value_scale[LAYER].double()
+    return s.attention(query, key, value, window)
+
+
+def bound(s: Sequences) -> float:
+    """How far values may lie apart: one with large values more than another."""
+    return INT8_TOLERANCE[s.dtype] * max(1.0, max(float(x[:, len(s.kv_of) + s.kv_heads :].abs().max()) for x in s.qkv) / 4)
+
+
+def check_codes(paged: Paged, sequence: int, start: int, stop: int, apart: float) -> None:
+    """What is in the cache of tokens start ... stop - 1 is what the formula makes of them, give or take `apart` of the range."""
+    s, scales = paged.s, paged.scales
+    assert scales is not None
+    heads = len(s.kv_of)
+    keys, values = (x[start:].float() for x in paged.cached(sequence, stop))
+    right = codes(s.turned(sequence, stop)[start:, heads:], scales.key_scale[LAYER], scales.key_offset[LAYER])
+    assert (keys - right).abs().max() <= max(1.0, 256 * apart)
+    if apart < 1e-5:
+        assert (keys != right).float().mean() < 1e-3
+    right = codes(s.qkv[sequence][start:stop, heads + s.kv_heads :], scales.value_scale[LAYER], scales.value_offset[LAYER])
+    assert torch.equal(values, right)
 
 
 def rank_of(scales: KVScales, s: Sequences, first: int, stop: int) -> KVScales:

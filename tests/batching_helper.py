@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from device_helper import CHOSEN
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
@@ -132,8 +133,9 @@ class SeenWorkers:
 
 
 def make(kind: str, tp: int = 1, **choices: Any) -> LLM:
-    """An LLM on `tp` threads, ids only unless load_tokenizer is given."""
-    choices = {"communicator": "loopback", "load_tokenizer": False, "dtype": "float32", "timeout": 60.0, **choices}
+    """An LLM on `tp` threads of the chosen device, ids only unless load_tokenizer is given."""
+    settings = {"communicator": "loopback", "load_tokenizer": False, "dtype": "float32", "timeout": 60.0, "device": CHOSEN.name}
+    choices = settings | choices
     return LLM(str(checkpoint(kind)), tp=tp, **choices)
 
 
@@ -175,8 +177,9 @@ def idle(llm: LLM) -> bool:
     return free and not scheduler.running and not scheduler.waiting and not llm.engine.has_work and not llm.ranks.worker.sequences
 
 
-def on_threads(size: int, body: Callable[[Loopback], T]) -> list[T]:
-    """Runs `body` on every rank of a loopback communicator and returns the results by rank; raises the first error."""
+def on_threads(size: int, body: Callable[[Loopback], T], device: torch.device | None = None) -> list[T]:
+    """Runs `body` on every rank of a loopback communicator of `device` (None: the chosen one) and returns the results by rank;
+    raises the first error."""
     results: dict[int, T] = {}
     errors: list[BaseException] = []
 
@@ -187,7 +190,7 @@ def on_threads(size: int, body: Callable[[Loopback], T]) -> list[T]:
             errors.append(error)
             comm.close()
 
-    threads = [threading.Thread(target=run, args=(comm,)) for comm in loopback(size)]
+    threads = [threading.Thread(target=run, args=(comm,)) for comm in loopback(size, device or CHOSEN.device)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -201,5 +204,5 @@ def settled(kind: str, tp: int, **choices: Any) -> Any:
     """(EngineConfig, ModelConfig) as every rank of a loopback run gets them."""
     from qtp.config import EngineConfig
 
-    config = {"communicator": "loopback", "dtype": "float32", **choices}
+    config = {"communicator": "loopback", "dtype": "float32", "device": CHOSEN.name, **choices}
     return prepare(EngineConfig(model=str(checkpoint(kind)), tp=tp, **config))

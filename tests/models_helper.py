@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from device_helper import CHOSEN
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -132,10 +133,10 @@ def refer(folder: Path, prompt: list[int], count: int, distinct: int, least_marg
 
 
 def open_llm(folder: Path, tp: int, **choices: Any) -> LLM:
-    """An LLM of token ids, by default in float32 over loopback threads. Blocks and steps are small, so that sequences span
-    several blocks and prompts are prefilled in chunks beside decoding sequences."""
+    """An LLM of token ids, by default in float32 over loopback threads on the chosen device. Blocks and steps are small, so that
+    sequences span several blocks and prompts are prefilled in chunks beside decoding sequences."""
     settings = {"communicator": "loopback", "dtype": "float32", "block_size": 8, "max_num_batched_tokens": 48, "threads": 1}
-    return LLM(str(folder), tp, load_tokenizer=False, **{**settings, **choices})
+    return LLM(str(folder), tp, load_tokenizer=False, **{**settings, "device": CHOSEN.name, **choices})
 
 
 def run(llm: LLM, scored: list[int], prompt: list[int], count: int) -> tuple[Tensor, list[int]]:
@@ -170,16 +171,16 @@ def check(llm: LLM, reference: Reference, tolerance: float = 1e-4) -> None:
 
 
 def run_workers(folder: Path, tp: int, ids: list[int], **choices: Any) -> Tensor:
-    """qtp's log-probabilities after each of `ids`, [T, V] float32, from `tp` workers in threads and nothing above them: for
-    vocabularies so large that a Python object for each entry would be slow."""
+    """qtp's log-probabilities after each of `ids`, [T, V] float32 on the CPU, from `tp` workers in threads on the chosen device
+    and nothing above them: for vocabularies so large that a Python object for each entry would be slow."""
     settings = {"dtype": "float32", "communicator": "loopback", "block_size": 8, "num_kv_blocks": len(ids), **choices}
-    config, model = prepare(EngineConfig(model=str(folder), tp=tp, **settings))
+    config, model = prepare(EngineConfig(model=str(folder), tp=tp, device=CHOSEN.name, **settings))
 
     @torch.inference_mode()
     def logits(comm: Communicator) -> Tensor:
         worker = Worker(config, model, comm)
         batch = make_batch([(tuple(ids), 0, tuple(reversed(range(len(ids)))))], config.block_size, comm.device)
-        return worker.model.logits(worker.model.hidden(batch))
+        return worker.model.logits(worker.model.hidden(batch)).cpu()
 
     with ThreadPoolExecutor(tp) as threads:
-        return torch.log_softmax(torch.cat(list(threads.map(logits, loopback(tp))), dim=1), dim=-1)
+        return torch.log_softmax(torch.cat(list(threads.map(logits, loopback(tp, CHOSEN.device))), dim=1), dim=-1)

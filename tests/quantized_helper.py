@@ -40,6 +40,10 @@ class Plain:
         self.margin = min(self.margin, 0.5 - float(within.abs().max()) if len(within) else 0.5)
         return whole.clamp(-128, 127)
 
+    def _round_e4m3(self, x: Tensor) -> Tensor:
+        self._round(x / e4m3_steps(x))  # for the margin
+        return e4m3(x)
+
     def logits(self, ids: list[int]) -> Tensor:
         """[T, V]."""
         c = self.config
@@ -78,7 +82,11 @@ class Plain:
             if deq.dtype == torch.int64:
                 deq = deq.to(torch.int32).view(torch.float32).double()
             return (x_q @ weight.T + self.tensors[f"{name}.quant_bias"]) * deq
-        scale, offset = self.tensors[f"{name}.weight_scale"], self.tensors[f"{name}.weight_offset"]
+        scale = self.tensors[f"{name}.weight_scale"]
+        if kind == "W8A8_FP8":
+            s_x = x.abs().amax(-1, keepdim=True) / 448
+            return (self._round_e4m3(x / s_x) * s_x) @ (weight * scale).T + bias
+        offset = self.tensors[f"{name}.weight_offset"]
         if kind == "W8A8_DYNAMIC":
             s_x = x.abs().amax(-1, keepdim=True) / 127
             return (self._round(x / s_x) * s_x) @ (weight * scale).T + bias
@@ -150,6 +158,18 @@ class Plain:
         if name in self.ranges:
             low, high = torch.minimum(low, self.ranges[name][0]), torch.maximum(high, self.ranges[name][1])
         self.ranges[name] = low, high
+
+
+def e4m3_steps(x: Tensor) -> Tensor:
+    """The distance between neighbouring values of float8 e4m3 where x lies: 3 bits behind the leading one, down to 2^-9."""
+    return torch.exp2(x.abs().clamp(min=2.0**-6).log2().floor() - 3)
+
+
+def e4m3(x: Tensor) -> Tensor:
+    """x float64, rounded to float8 e4m3, half to even; what is beyond it is its largest, 448."""
+    x = x.clamp(-448, 448)
+    steps = e4m3_steps(x)
+    return (x / steps).round() * steps
 
 
 Choose = Callable[[str], str]
@@ -276,7 +296,14 @@ def _dynamic(
     }
 
 
-_QUANTIZE = {"W8A8": _w8a8, "W8A8S": _w8a8s, "W8A16": _w8a16, "W8A8_DYNAMIC": _dynamic}
+def _fp8(
+    w: Tensor, bias: Tensor, seen: tuple[Tensor, Tensor], random: torch.Generator, group_size: int, bits: bool
+) -> dict[str, Tensor]:
+    scale = (w.abs().amax(1, keepdim=True) / 448).float()
+    return {"weight": e4m3(w / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
+
+
+_QUANTIZE = {"W8A8": _w8a8, "W8A8S": _w8a8s, "W8A16": _w8a16, "W8A8_DYNAMIC": _dynamic, "W8A8_FP8": _fp8}
 
 
 def _add_anti_norms(config: dict[str, Any], tensors: dict[str, Tensor], types: dict[str, str], random: torch.Generator) -> None:
@@ -385,6 +412,15 @@ def mixed(layer: str) -> str:
     return "W8A8_DYNAMIC" if layer.endswith(("0.self_attn.v_proj", "experts.3.up_proj", "shared_expert.down_proj")) else ""
 
 
+def mixed_fp8(layer: str) -> str:
+    """Beside float, and other types of which one rounds the same input by token too."""
+    if layer.endswith(("0.self_attn.q_proj", "1.mlp.up_proj")):
+        return "FLOAT"
+    if layer.endswith("experts.2.gate_proj"):
+        return "W8A16"
+    return "W8A8_DYNAMIC" if layer.endswith(("self_attn.v_proj", "experts.3.up_proj", "1.mlp.down_proj")) else ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     kind: str
@@ -403,6 +439,8 @@ CASES = {
     "w8a8s": Case(kind="W8A8S"),
     "w8a8s-apart": Case(kind="W8A8S", how={"apart": True}),
     "dynamic": Case(kind="W8A8_DYNAMIC"),
+    "fp8": Case(kind="W8A8_FP8"),
+    "fp8-mixed": Case(kind="W8A8_FP8", how={"choose": mixed_fp8, "anti": True}),
     "w8a16": Case(kind="W8A16"),
     "w8a16-64": Case(kind="W8A16", how={"group_size": 64}, config={"intermediate_size": 260, "moe_intermediate_size": 140}),
     "w8a16-128": Case(kind="W8A16", how={"group_size": 128}, config={"intermediate_size": 650, "hidden_size": 192}),

@@ -10,9 +10,19 @@ from collectives.communicator import Communicator
 from qtp.weights.quantized import Unscaled, Weight
 
 Op = Callable[[Tensor], Tensor]
-Partial = Tensor | Unscaled  # a rank's part of a sum over ranks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Deferred:
+    """The whole sum of a lone rank, not made yet: add_to(x [T, D], contiguous) adds it to x in the kernel that makes it, and
+    returns x."""
+
+    add_to: Op
+
+
+Partial = Tensor | Unscaled | Deferred  # a rank's part of a sum over ranks
 RowOp = Callable[[Tensor], Partial]
-Reduce = Callable[[Partial], Tensor]
+Reduce = Callable[[Tensor | Unscaled], Tensor]
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
 Cuts = tuple[int, ...]
@@ -109,7 +119,16 @@ class Kernels(Protocol):
         go without a bias, y is float32: the leaves added along a binary tree (`collectives.tree`).
 
         across: for a row linear, the ranks that hold the other columns; each must call the op in every step. W8A8 and
-        W8A8Dynamic then give an `Unscaled`, whatever cuts say, of the same bits at every world size; others ignore it."""
+        W8A8Dynamic then give an `Unscaled`, whatever cuts say, of the same bits at every world size; W8A8FP8 takes the largest
+        value of a token over them, and gives floats; others ignore it."""
+        ...
+
+    def joining(self, weight: Weight) -> RowOp:
+        """As `linear`, for a row linear of a lone rank whose output joins the residual stream; may give a `Deferred`."""
+        ...
+
+    def fetching(self, op: Op, weights: Sequence[Weight]) -> Op:
+        """`op`, an op of these kernels, which may also begin to bring weights nearer that are read soon after it."""
         ...
 
     def linear_leaves(self, weight: Weight, cuts: Cuts, across: Communicator | None = None) -> Op:
@@ -153,6 +172,7 @@ def in_floats(op: RowOp) -> Op:
 
     def run(x: Tensor) -> Tensor:
         partial = op(x)
+        assert not isinstance(partial, Deferred)
         return partial.scaled(partial.total) if isinstance(partial, Unscaled) else partial
 
     return run

@@ -62,6 +62,12 @@ class NativeKernels:
             return _after(self.rms_norm(norm), self.linear(weight, bias, cuts=cuts))
         return _Linear(weight, bias, norm=norm, cuts=cuts, many=self._many[DTYPES[weight.dtype]])
 
+    def joining(self, weight: Weight) -> Op:
+        return self.linear(weight)
+
+    def fetching(self, op: Op, weights: Sequence[Weight]) -> Op:
+        return op
+
     def linear_leaves(self, weight: Weight, cuts: Cuts, across: Communicator | None = None) -> Op:
         if not isinstance(weight, Tensor):
             return native_quantized.linear_leaves(self, weight, cuts, across)

@@ -1,6 +1,7 @@
 """Native kernels of quantized weights; they give what `torch_quantized` gives, sums of integers bit for bit.
 
 int8 weights are read where they lie, compressed ones too. W8A16 adds up in float32 in an order that depends on the weight alone.
+For W8A8FP8 there is no native code but the product of bfloat16, to which it is widened at each call (`_FP8`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +16,13 @@ from collectives.tree import tree_sum
 from qtp.kernels.extension import native
 from qtp.kernels.interface import Cuts, Expert, Experts, Kernels, Norm, Op
 from qtp.kernels.torch_kernels import grouped, top
-from qtp.kernels.torch_quantized import columns_of, expanded, first_leaf, token_maxima, token_scales
-from qtp.weights.quantized import W8A8, W8A8SC, W8A16, Float, Packed, Quantized, Unscaled, W8A8Dynamic, Weight, row_part
+from qtp.kernels.torch_quantized import Product, columns_of, expanded, first_leaf, leaves, token_maxima, token_scales, wide
+from qtp.weights.quantized import W8A8, W8A8FP8, W8A8SC, W8A16, Float, Packed, Quantized, Unscaled, W8A8Dynamic, Weight, row_part
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _RUN_DTYPE, _FLOAT, _INTEGER, _GATED = range(4)  # what comes out of a handle; gated: silu(gate) * up
 _TILE = 512  # tokens; what is larger comes as fresh memory from the system each time
+_WIDENED = 1 << 20  # elements of a weight in float8 that are brought to bfloat16 at a time
 
 
 def linear(
@@ -36,13 +38,13 @@ def linear(
         return _Side([linear(kernels, part, norm=norm, cuts=cuts) for part in weight.parts], weight)
     if isinstance(weight, Float):
         return kernels.linear(weight.weight, weight.bias, norm=norm, cuts=cuts)
-    if across is not None and not isinstance(weight, W8A16):
+    if across is not None and not isinstance(weight, W8A8FP8 | W8A16):
         return _Across(weight, norm, across)
     if cuts is None:
-        return _Linear(weight, norm)
+        return _FP8(kernels, weight, norm, across) if isinstance(weight, W8A8FP8) else _Linear(weight, norm)
     assert norm is None, "a row linear with a norm"
-    leaves = linear_leaves(kernels, weight, cuts)
-    return lambda x: tree_sum(leaves(x).unbind())
+    parts = linear_leaves(kernels, weight, cuts, across)
+    return lambda x: tree_sum(parts(x).unbind())
 
 
 def linear_leaves(kernels: Kernels, weight: Quantized | Packed, cuts: Cuts, across: Communicator | None = None) -> Op:
@@ -50,7 +52,11 @@ def linear_leaves(kernels: Kernels, weight: Quantized | Packed, cuts: Cuts, acro
         ops = [kernels.linear_leaves(row_part(part), cuts, across) for part in weight.parts]
         return lambda x: torch.cat([op(x) for op in ops], dim=2)
     row_part(weight)
-    handles = [Handle(leaf) for leaf in _leaves_of(expanded(weight), cuts)]
+    whole = expanded(weight)
+    if isinstance(whole, W8A8FP8):
+        product = _fp8_product(kernels)
+        return lambda x: leaves(whole, x, cuts, across, product)
+    handles = [Handle(leaf) for leaf in _leaves_of(whole, cuts)]
     outputs = weight.shape[0]
 
     def run(x: Tensor) -> Tensor:
@@ -64,7 +70,7 @@ def linear_leaves(kernels: Kernels, weight: Quantized | Packed, cuts: Cuts, acro
 
 
 def gated(kernels: Kernels, weight: Quantized | Packed, *, norm: Norm | None = None) -> Op:
-    if not isinstance(weight, Packed):
+    if not isinstance(weight, Packed | W8A8FP8):
         return _Linear(weight, norm, _GATED)
     both, width = linear(kernels, weight, norm=norm), weight.shape[0] // 2
 
@@ -105,6 +111,8 @@ def _wide(kernels: Kernels, weight: "Weight | Float") -> Op:
         return _wide(kernels, weight.weight)
     if isinstance(weight, Tensor):
         return kernels.linear(weight, cuts=(0, weight.shape[1]))
+    if isinstance(weight, W8A8FP8):
+        return _FP8(kernels, weight, dtype=torch.float32)
     return _Linear(weight, form=_FLOAT)
 
 
@@ -147,6 +155,38 @@ class _Linear:
         out = torch.empty(tokens, outputs, dtype=self._dtype or dtype)
         self._run(DTYPES[dtype], x.data_ptr(), tokens, x.stride(0), 0, out.data_ptr(), outputs, self._form)
         return out
+
+
+class _FP8:
+    """A W8A8FP8 by `torch_quantized`, its product by the native one. dtype: of y, if it is not that of x."""
+
+    __slots__ = ("_across", "_dtype", "_norm", "_product", "_weight")
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        weight: W8A8FP8,
+        norm: Norm | None = None,
+        across: Communicator | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._weight, self._across, self._dtype, self._product = weight, across, dtype, _fp8_product(kernels)
+        self._norm = norm if norm is None or norm.anti is None else norm.anti
+
+    def __call__(self, x: Tensor) -> Tensor:
+        before = x if self._norm is None else normed(x.contiguous(), self._norm)
+        return wide(self._weight, before, self._across, self._product).to(self._dtype or x.dtype)
+
+
+def _fp8_product(kernels: Kernels) -> Product:
+    """In bfloat16, which has every value of float8 e4m3."""
+
+    def run(x_TD: Tensor, w_ND: Tensor) -> Tensor:
+        x, columns = x_TD.to(torch.bfloat16), w_ND.shape[1]
+        pieces = (w.to(torch.bfloat16) for w in w_ND.split(max(1, _WIDENED // max(1, columns))))
+        return torch.cat([kernels.linear(w, cuts=(0, columns))(x) for w in pieces], dim=1)
+
+    return run
 
 
 class _Across:
@@ -209,6 +249,7 @@ class Handle:
         elif isinstance(weight, W8A8Dynamic):
             scale, bias = weight.weight_scale, weight.bias
         else:
+            assert isinstance(weight, W8A16), "it has a native form"
             kind, scale, bias = 2, weight.scale, weight.bias
             offset = weight.offset if weight.offset.any() else None
             groups = (scale.stride(0), weight.group, weight.phase if weight.group else 0)

@@ -13,7 +13,7 @@ from collectives.communicator import Communicator
 from collectives.tree import tree_sum
 from qtp.kernels import torch_quantized
 from qtp.kernels.interface import Choose, Cuts, Expert, Experts, Head, Norm, Op
-from qtp.weights.quantized import W8A16, Float, Packed, Quantized, Weight, row_part
+from qtp.weights.quantized import W8A8FP8, W8A16, Float, Packed, Quantized, Weight, row_part
 
 
 class TorchKernels:
@@ -46,13 +46,19 @@ class TorchKernels:
         if isinstance(weight, Float):
             return self.linear(weight.weight, weight.bias, norm=norm, cuts=cuts)
         weight, before = torch_quantized.expanded(weight), _identity if norm is None else self.rms_norm(norm.anti or norm)
-        if across is not None and not isinstance(weight, W8A16):
+        if across is not None and not isinstance(weight, W8A8FP8 | W8A16):
             row_part(weight)
             return lambda x: torch_quantized.unscaled(weight, before(x), across)
         if cuts is not None:
-            leaves = self.linear_leaves(weight, cuts)
+            leaves = self.linear_leaves(weight, cuts, across)
             return lambda x: tree_sum(leaves(before(x)).unbind())
-        return lambda x: torch_quantized.wide(weight, before(x)).to(x.dtype)
+        return lambda x: torch_quantized.wide(weight, before(x), across).to(x.dtype)
+
+    def joining(self, weight: Weight) -> Op:
+        return self.linear(weight)
+
+    def fetching(self, op: Op, weights: Sequence[Weight]) -> Op:
+        return op
 
     def linear_leaves(self, weight: Weight, cuts: Cuts, across: Communicator | None = None) -> Op:
         if isinstance(weight, Packed):

@@ -3,6 +3,7 @@
 Integer sums are exact, floats are added in float32, and each result is rounded once.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -12,10 +13,25 @@ from torch.nn import functional as F
 from collectives.communicator import Communicator
 from qtp.kernels.interface import Cuts
 from qtp.weights.codec import decompress
-from qtp.weights.quantized import W8A8, W8A8SC, W8A16, Float, Packed, Quantized, Unscaled, W8A8Dynamic
+from qtp.weights.quantized import W8A8, W8A8FP8, W8A8SC, W8A16, Float, Packed, Quantized, Unscaled, W8A8Dynamic
 
 _EXACT = 1024  # columns of which every sum of products of int8 is below 2^24, and so exact in float32
 _ROWS = 8192  # that are brought to float32 at a time
+FP8_MAX = 448.0  # the largest of float8 e4m3
+
+Product = Callable[[Tensor, Tensor], Tensor]  # x W^T of float8 [T, D] and [N, D], [T, N] float32
+
+
+def fp8_product(x_TD: Tensor, w_ND: Tensor) -> Tensor:
+    """A `Product`; products of two float8 are exact in float32."""
+    x = x_TD.float()
+    return torch.cat([F.linear(x, w.float()) for w in w_ND.split(_ROWS)], dim=1)
+
+
+def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """x / scale, divided in float32, as float8 e4m3, half to even. It has no infinity: what is beyond its range would be NaN, and
+    is held within. scale: see `quantize`."""
+    return (x.float() / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
 
 def int_product(x_TD: Tensor, w_ND: Tensor) -> Tensor:
@@ -48,21 +64,31 @@ def token_scales(maxima_T: Tensor) -> Tensor:
     return torch.where(maxima_T > 0, maxima_T / torch.full_like(maxima_T, 127), 1.0)
 
 
+def fp8_token_scales(maxima_T: Tensor) -> Tensor:
+    """s_x of W8A8FP8; 1 too where max |x| / 448 is 0 in float32, since 0 / 0 is not a number."""
+    scales = maxima_T / torch.full_like(maxima_T, FP8_MAX)
+    return torch.where(scales > 0, scales, 1.0)
+
+
 def quantized_input(
-    weight: W8A8 | W8A8SC | W8A8Dynamic, x_TD: Tensor, across: Communicator | None = None
+    weight: W8A8 | W8A8SC | W8A8Dynamic | W8A8FP8, x_TD: Tensor, across: Communicator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x as int8, and the scale of the sums: float32, [N] or [T, N]."""
+    """x as int8, or float8, and the scale of the sums: float32, [N] or [T, N]."""
     if isinstance(weight, W8A8 | W8A8SC):
         scale = torch.full((), weight.input_scale, dtype=torch.float32, device=x_TD.device)
         return quantize(x_TD, scale, weight.input_offset), weight.deq_scale
+    if isinstance(weight, W8A8FP8):
+        scale_T1 = fp8_token_scales(token_maxima(x_TD, across))[:, None]
+        return to_fp8(x_TD, scale_T1), scale_T1 * weight.weight_scale
     scale_T1 = token_scales(token_maxima(x_TD, across))[:, None]
     return quantize(x_TD, scale_T1), scale_T1 * weight.weight_scale
 
 
 def unscaled(weight: Quantized, x_TD: Tensor, across: Communicator | None = None) -> Unscaled:
-    """The sum over this rank's columns with its quant_bias; a float bias is left out. Not for W8A16, whose sum is in floats."""
+    """The sum over this rank's columns with its quant_bias; a float bias is left out. Not for W8A8FP8 and W8A16, whose
+    sums are in floats."""
     weight = expanded(weight)
-    assert not isinstance(weight, W8A16), weight
+    assert not isinstance(weight, W8A8FP8 | W8A16), weight
     x_q, scale = quantized_input(weight, x_TD, across)
     total_TN = int_product(x_q, weight.weight)
     if isinstance(weight, W8A8):
@@ -70,7 +96,7 @@ def unscaled(weight: Quantized, x_TD: Tensor, across: Communicator | None = None
     return Unscaled(total_TN, scale, x_TD.dtype)
 
 
-def expanded(weight: Quantized) -> W8A8 | W8A8Dynamic | W8A16:
+def expanded(weight: Quantized) -> W8A8 | W8A8Dynamic | W8A8FP8 | W8A16:
     """The weight, not compressed."""
     if not isinstance(weight, W8A8SC):
         return weight
@@ -95,8 +121,11 @@ def columns_of(weight: W8A16, start: int, stop: int) -> W8A16:
     return W8A16(weight.weight[:, start:stop], scale, offset, None, weight.group, phase)
 
 
-def wide(weight: Quantized | Float | Packed, x_TD: Tensor) -> Tensor:
-    """y before it is rounded to the dtype of x: [T, N] float32."""
+def wide(
+    weight: Quantized | Float | Packed, x_TD: Tensor, across: Communicator | None = None, product: Product = fp8_product
+) -> Tensor:
+    """y before it is rounded to the dtype of x: [T, N] float32. across: the ranks that hold the other columns of a W8A8FP8; y is
+    then a partial sum."""
     match weight:
         case Packed():
             return torch.cat([wide(part, x_TD) for part in weight.parts], dim=1)
@@ -104,6 +133,9 @@ def wide(weight: Quantized | Float | Packed, x_TD: Tensor) -> Tensor:
             return wide(expanded(weight), x_TD)
         case Float():
             return F.linear(x_TD, weight.weight, weight.bias).float()
+        case W8A8FP8():
+            x_q, scale = quantized_input(weight, x_TD, across)
+            y_TN = product(x_q, weight.weight).mul_(scale)
         case W8A16():
             pieces = [slice(row, row + _ROWS) for row in range(0, max(1, weight.shape[0]), _ROWS)]
             y_TN = torch.cat([F.linear(x_TD.float(), dequantized(_rows_of(weight, rows))) for rows in pieces], dim=1)
@@ -117,13 +149,16 @@ def _rows_of(weight: W8A16, rows: slice) -> W8A16:
     return W8A16(weight.weight[rows], weight.scale[rows], weight.offset[rows], None, weight.group, weight.phase)
 
 
-def leaves(weight: Quantized, x_TD: Tensor, cuts: Cuts, across: Communicator | None = None) -> Tensor:
+def leaves(
+    weight: Quantized, x_TD: Tensor, cuts: Cuts, across: Communicator | None = None, product: Product = fp8_product
+) -> Tensor:
     """The sum of each leaf: [leaves, T, N] float32."""
     weight = expanded(weight)
     if isinstance(weight, W8A16):
         return torch.stack([wide(columns_of(weight, a, b), x_TD[:, a:b]) for a, b in pairwise(cuts)])
     x_q, scale = quantized_input(weight, x_TD, across)
-    totals = torch.stack([int_product(x_q[:, a:b], weight.weight[:, a:b]) for a, b in pairwise(cuts)])
+    sums = product if isinstance(weight, W8A8FP8) else int_product
+    totals = torch.stack([sums(x_q[:, a:b], weight.weight[:, a:b]) for a, b in pairwise(cuts)])
     if isinstance(weight, W8A8):
         totals[first_leaf(cuts)] += weight.quant_bias
     return totals.float() * scale

@@ -69,6 +69,20 @@ class KVCache:
                 assert own.dtype == torch.float32, own.dtype
             assert (scales.query_scale is None) == (scales.query_offset is None)
 
+    @property
+    def block_bytes(self) -> int:
+        """Of one block's keys and values, over all layers."""
+        return (self.keys.nbytes + self.values.nbytes) // self.keys.shape[1]
+
+    def resize(self, num_blocks: int) -> None:
+        """Makes it one of `num_blocks` blocks, which hold nothing that was written before. `keys` and `values` are other tensors
+        then: who has kept theirs, or the address of them, has the old ones."""
+        layers, _, *rest = self.keys.shape
+        dtype, device = self.keys.dtype, self.keys.device
+        del self.keys, self.values  # first, so that the memory of both is never held at once
+        self.keys = torch.empty(layers, num_blocks, *rest, dtype=dtype, device=device)
+        self.values = torch.empty(layers, num_blocks, *rest, dtype=dtype, device=device)
+
     def write(self, layer: int, slots_T: Tensor, keys_THd: Tensor, values_THd: Tensor) -> None:
         """Stores the new tokens' keys and values at their slots."""
         if (s := self.scales) is not None:

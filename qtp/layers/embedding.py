@@ -15,10 +15,10 @@ class VocabEmbedding:
         self.weight, self.start, self.comm = weight_VD, start, comm
 
     def __call__(self, token_ids_T: Tensor) -> Tensor:
+        if self.comm.size == 1:
+            return F.embedding(token_ids_T, self.weight)
         local = token_ids_T - self.start
         mine = (local >= 0) & (local < self.weight.shape[0])
-        if self.comm.size == 1:
-            return F.embedding(local, self.weight)
         if not self.weight.shape[0]:
             x_TD = self.weight.new_zeros(len(token_ids_T), self.weight.shape[1])
         else:

@@ -4,8 +4,16 @@ from dataclasses import dataclass
 
 from qtp.layout.split import Grid, Split, elements
 
-RUN, FLOAT32, INT8, INT32, SCALE_BITS, COMPRESSED = "run", "float32", "int8", "int32", "scale bits", "compressed"
-_ITEM_SIZE = {FLOAT32: 4, INT8: 1, INT32: 4, SCALE_BITS: 4, COMPRESSED: 0.54}
+RUN, FLOAT32, INT8, FLOAT8, INT32, SCALE_BITS, COMPRESSED = (
+    "run",
+    "float32",
+    "int8",
+    "float8",
+    "int32",
+    "scale bits",
+    "compressed",
+)
+_ITEM_SIZE = {FLOAT32: 4, INT8: 1, FLOAT8: 1, INT32: 4, SCALE_BITS: 4, COMPRESSED: 0.54}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +28,9 @@ class Part:
 @dataclass(frozen=True, slots=True)
 class Spec:
     """One tensor of the running model: the boxes of its parts, one after the other along dimension 0. dtype: what it is held in:
-    RUN, the dtype of the run, or a fixed one; SCALE_BITS is float32 that the checkpoint may hold as int64 (its bits as an int32,
-    widened); COMPRESSED is int8 that every rank holds compressed (docs/w8a8sc.md), which usually takes 0.54 of its bytes."""
+    RUN, the dtype of the run, or a fixed one; FLOAT8 is e4m3; SCALE_BITS is float32 that the checkpoint may hold as int64 (its
+    bits as an int32, widened); COMPRESSED is int8 that every rank holds compressed (docs/w8a8sc.md), which usually takes 0.54 of
+    its bytes."""
 
     name: str
     parts: tuple[Part, ...]

@@ -14,7 +14,7 @@ from collectives.communicator import Communicator
 from qtp.attention.backend import AttentionBackend
 from qtp.batch import Batch
 from qtp.config import ModelConfig
-from qtp.kernels.interface import Cuts, Kernels, Norm, Reduce, RowOp
+from qtp.kernels.interface import Cuts, Deferred, Kernels, Norm, Partial, Reduce, RowOp
 from qtp.layers.attention import Attention
 from qtp.layers.embedding import VocabEmbedding
 from qtp.layers.mlp import GatedMLP
@@ -45,9 +45,12 @@ class Block:
         self.attention, self.feed_forward, self.reduce = attention, feed_forward, reduce
 
     def __call__(self, x_TD: Tensor, plan: object) -> Tensor:
-        x_TD += self.reduce(self.attention(x_TD, plan))
-        x_TD += self.reduce(self.feed_forward(x_TD))
-        return x_TD
+        x_TD = self._join(x_TD, self.attention(x_TD, plan))
+        return self._join(x_TD, self.feed_forward(x_TD))
+
+    def _join(self, x_TD: Tensor, partial: Partial) -> Tensor:
+        """x + reduce(partial)."""
+        return partial.add_to(x_TD) if isinstance(partial, Deferred) else x_TD.add_(self.reduce(partial))
 
 
 class Qwen2ForCausalLM:
@@ -85,8 +88,9 @@ class Qwen2ForCausalLM:
 def block(config: ModelConfig, shard: Shard, place: Place, layer: int, feed_forward: RowOp) -> Block:
     own = f"layers.{layer}"
     qkv, bias = shard[f"{own}.attention.qkv.weight"], shard.get(f"{own}.attention.qkv.bias")
+    soon = [shard[name] for name in (f"{own}.attention.o.weight", f"{own}.mlp.gate_up.weight") if name in shard]
     attention = Attention(
-        place.kernels.linear(qkv, bias, norm=norm(config, shard, f"{own}.input_norm")),
+        place.kernels.fetching(place.kernels.linear(qkv, bias, norm=norm(config, shard, f"{own}.input_norm")), soon),
         row_linear(shard, place, f"{own}.attention.o.weight"),
         place.attention,
         layer=layer,
@@ -105,11 +109,12 @@ def norm(config: ModelConfig, shard: Shard, name: str) -> Norm:
 
 def mlp(shard: Shard, place: Place, own: str, norm: Norm) -> GatedMLP:
     gated = place.kernels.gated(shard[f"{own}.gate_up.weight"], norm=norm)
-    return GatedMLP(gated, row_linear(shard, place, f"{own}.down.weight"))
+    return GatedMLP(place.kernels.fetching(gated, [shard[f"{own}.down.weight"]]), row_linear(shard, place, f"{own}.down.weight"))
 
 
 def row_linear(shard: Shard, place: Place, name: str) -> RowOp:
     """Where there is one rank and no cuts, sums in integers are scaled at once: to the same bits as after a reduce."""
     cuts = place.cuts.get(name)
-    across = None if cuts is None and place.comm.size == 1 else place.comm
-    return place.kernels.linear(shard[name], cuts=cuts, across=across)
+    if cuts is None and place.comm.size == 1:
+        return place.kernels.joining(shard[name])
+    return place.kernels.linear(shard[name], cuts=cuts, across=place.comm)

@@ -46,14 +46,13 @@ def parser() -> argparse.ArgumentParser:
         ("use_kvcache_quant", "int8 KV cache, C8"),
         ("use_fa_quant", "int8 attention, FA3 (FAQuant)"),
         ("is_dynamic", "W8A8_DYNAMIC: activations are rounded by token"),
+        ("is_fp8", "W8A8_FP8: weights and activations in float8 e4m3, these by token"),
         ("quantize_lm_head", "lm_head too, tied or not: W8A16; in W8A8S beside W8A8S"),
     ):
         what.add_argument(f"--{name}", type=boolean, nargs="?", const=True, metavar="True|False", help=text)
-    what.add_argument(
-        "--down_proj", choices=("all", "none"), help="default: none in W8A8 and W8A8S, all in W8A16 and W8A8_DYNAMIC"
-    )
+    what.add_argument("--down_proj", choices=("all", "none"), help="default: none in W8A8 and W8A8S, all in the others")
 
-    calibration = p.add_argument_group("calibration (not needed for W8A16 and W8A8_DYNAMIC alone)")
+    calibration = p.add_argument_group("calibration (not needed for W8A16, W8A8_DYNAMIC and W8A8_FP8 alone)")
     calibration.add_argument("--calib_file", type=Path, default=None, metavar="JSONL", help="a text in each line")
     calibration.add_argument("--calib_texts", nargs="+", default=None, metavar="TEXT", help="default: texts that come with qtp")
     calibration.add_argument("--calib_length", type=int, default=512, metavar="TOKENS", help="of each text, at most")

@@ -1,4 +1,5 @@
-"""Scales, offsets and rounding, by msModelSlim's formulas. N outputs, K input columns, G groups of columns. int8 is -128 ... 127.
+"""Scales, offsets and rounding, by msModelSlim's formulas, and in float8 likewise. N outputs, K input columns, G groups of
+columns. int8 is -128 ... 127, float8 e4m3 -448 ... 448.
 
 What is stored in float32 is computed in float32, so that what is rounded by a scale is what is read with it.
 """
@@ -7,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from qtp.kernels.torch_quantized import FP8_MAX, to_fp8
 
 BINS = 2048
 _SHRINK = 64  # ranges tried on the way to half of each end
@@ -47,6 +50,12 @@ def heads(low: Tensor, high: Tensor, count: int) -> Tensor:
 def rows_symmetric(w_NK: Tensor) -> Tensor:
     """Scales [N, 1]: max |w| / 127."""
     return _positive(w_NK.abs().amax(1, keepdim=True) / 127)
+
+
+def rows_fp8(w_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """W8A8_FP8: (float8 e4m3 [N, K], scales [N, 1]), where a scale is max |w| / 448."""
+    scales = _positive(w_NK.abs().amax(1, keepdim=True) / FP8_MAX)
+    return to_fp8(w_NK, scales), scales
 
 
 def groups(w_NK: Tensor, size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -50,13 +50,14 @@ def bias_of(store: Store, linear: Linear) -> str | None:
 def tensors_of(linear: Linear, asked: Settings, kind: str, dtype: str, bias: str | None) -> list[Planned]:
     """What a layer of this type is written as. dtype: of the model."""
     (n, k), name = linear.shape, linear.name
-    found: list[tuple[str, str, tuple[int, ...]]] = [("weight", "I8", (n, k))]
+    found: list[tuple[str, str, tuple[int, ...]]] = [("weight", "F8_E4M3" if kind == "W8A8_FP8" else "I8", (n, k))]
     if kind in STATIC:
         found += [("input_scale", "F32", (1,)), ("input_offset", "F32", (1,)), ("quant_bias", "I32", (n,))]
         found += [("deq_scale", "I64" if dtype == "float16" else "F32", (n,))]
     else:
         count = -(-k // asked.group_size) if kind == "W8A16" and asked.group_size else 1
-        found += [("weight_scale", "F32", (n, count)), ("weight_offset", "F32", (n, count))]
+        suffixes = ("weight_scale",) if kind == "W8A8_FP8" else ("weight_scale", "weight_offset")
+        found += [(suffix, "F32", (n, count)) for suffix in suffixes]
         if bias is not None:
             found += [("bias", bias, (n,))]
     return [Planned(f"{name}.{suffix}", word, shape, kind) for suffix, word, shape in found]
@@ -135,6 +136,10 @@ class Maker:
             q, scales, offsets = arithmetic.groups(w, asked.group_size, asked.symmetric)
             self._put_rows(name, first, weight=q, weight_scale=scales, weight_offset=offsets)
             return arithmetic.ungrouped(q, scales, offsets, asked.group_size)
+        if kind == "W8A8_FP8":
+            q, scales = arithmetic.rows_fp8(w)
+            self._put_rows(name, first, weight=q, weight_scale=scales)
+            return q.float().mul_(scales)
         if coded is None:
             values, scales = w, arithmetic.rows_symmetric(w)
         else:

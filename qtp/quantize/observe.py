@@ -3,7 +3,7 @@
 T tokens, D columns of an input, R captured rows, Q, K query and KV heads, d head_dim.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import pi, sqrt
 from threading import Lock
@@ -182,6 +182,12 @@ class WatchedKernels:
         across: Communicator | None = None,
     ) -> Callable[[Tensor], Any]:
         return self._watched(weight, norm, self._inner.linear(weight, bias))
+
+    def joining(self, weight: Weight) -> Op:
+        return self.linear(weight)
+
+    def fetching(self, op: Op, weights: Sequence[Weight]) -> Op:
+        return op
 
     def linear_leaves(self, weight: Weight, cuts: Cuts, across: Communicator | None = None) -> Op:
         raise AssertionError("calibration runs on whole weights")

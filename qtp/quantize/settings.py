@@ -10,12 +10,14 @@ from qtp.quantization import C8, FAQUANT, FLOAT, GROUP_SIZES
 STATIC = ("W8A8", "W8A8S")
 ANTI_METHODS = ("", "m1", "m3", "m4", "m6")
 _TYPES = {(8, 8): "W8A8", (8, 16): "W8A16", (4, 8): "W8A8S", (16, 16): FLOAT}
+_BY_TOKEN = {"is_dynamic": "W8A8_DYNAMIC", "is_fp8": "W8A8_FP8"}
 _LEVELS = tuple(f"L{n}" for n in range(6))
 _PER_GROUP = 64
 
 PRESETS: dict[str, dict[str, Any]] = {
     "qwen_w8a8": {"w_bit": 8, "a_bit": 8, "down_proj": "none"},
     "qwen_w8a16": {"w_bit": 8, "a_bit": 16, "down_proj": "all"},
+    "qwen_fp8": {"w_bit": 8, "a_bit": 8, "is_fp8": True, "down_proj": "all"},
     "qwen_w4a8": {
         "w_bit": 4,
         "a_bit": 8,
@@ -55,6 +57,7 @@ DEFAULTS: dict[str, Any] = {
     "use_kvcache_quant": False,
     "use_fa_quant": False,
     "is_dynamic": False,
+    "is_fp8": False,
     "down_proj": None,
     "quantize_lm_head": False,
 }
@@ -166,11 +169,14 @@ def _kind(flags: Mapping[str, Any]) -> str:
             f"--w_bit {bits[0]} --a_bit {bits[1]} is not supported; choose {known}, or 16 and 16 for the KV cache alone"
         )
     kind = _TYPES[bits]
-    if not flags["is_dynamic"]:
+    asked = [flag for flag in _BY_TOKEN if flags[flag]]
+    if not asked:
         return kind
+    if len(asked) > 1:
+        raise ValueError("--is_dynamic and --is_fp8 exclude each other: the first asks for int8, the other for float8; give one")
     if kind != "W8A8":
-        raise ValueError(f"--is_dynamic is for --w_bit 8 --a_bit 8, not for {kind}; leave it out")
-    return "W8A8_DYNAMIC"
+        raise ValueError(f"--{asked[0]} is for --w_bit 8 --a_bit 8, not for {kind}; leave it out")
+    return _BY_TOKEN[asked[0]]
 
 
 def _anti(flags: Mapping[str, Any], kind: str) -> str:

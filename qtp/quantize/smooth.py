@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qtp.config import ModelConfig
 from qtp.quantization import FLOAT
-from qtp.quantize.arithmetic import activation, groups, rows_symmetric, ungrouped
+from qtp.quantize.arithmetic import activation, groups, rows_fp8, rows_symmetric, ungrouped
 from qtp.quantize.layers import Linear, in_one_form
 from qtp.quantize.observe import Seen
 from qtp.quantize.settings import STATIC, Settings
@@ -159,6 +159,8 @@ class _Error:
     def _rounded(self, w: Tensor) -> Tensor:
         if self._asked.kind == "W8A16":
             return ungrouped(*groups(w, self._asked.group_size, self._asked.symmetric), self._asked.group_size)
+        if self._asked.kind == "W8A8_FP8":
+            return _through_fp8(w)
         if self._asked.kind == "W8A8S":  # without the search, which would take too long here
             scale = w.square().mean(1, keepdim=True).sqrt() * (3 / 7.5)
             q = (w / scale).round()
@@ -174,4 +176,12 @@ def rounded_input(kind: str, seen: Seen) -> Tensor:
     if kind == "W8A8_DYNAMIC":
         scale = rows_symmetric(seen.rows)
         return (seen.rows / scale).round() * scale
+    if kind == "W8A8_FP8":
+        return _through_fp8(seen.rows)
     return seen.rows
+
+
+def _through_fp8(rows: Tensor) -> Tensor:
+    """After the round through float8, each row with its own scale."""
+    q, scales = rows_fp8(rows)
+    return q.float().mul_(scales)

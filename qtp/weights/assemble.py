@@ -53,10 +53,10 @@ def check_quantization(config: ModelConfig, grid: Grid) -> None:
             for n in ("gate", "up", "down")
         ]
         kinds = {quantization.type_of(name) for name in names}
-        if grid.moe_tp > 1 and "W8A8_DYNAMIC" in kinds:
+        if grid.moe_tp > 1 and (by_token := kinds & {"W8A8_DYNAMIC", "W8A8_FP8"}):
             raise ValueError(
-                f"moe_tp {grid.moe_tp} cuts the columns of an expert, and W8A8_DYNAMIC takes the largest of all of them for each "
-                "token; leave moe_tp and moe_ep away, so that experts stay whole"
+                f"moe_tp {grid.moe_tp} cuts the columns of an expert, and {min(by_token)} takes the largest of all of them for "
+                "each token; leave moe_tp and moe_ep away, so that experts stay whole"
             )
         anti = f"model.layers.{layer}.post_attention_layernorm.module.weight" in quantization.types
         inputs = {quantization.type_of(name) for name in names if "down_proj" not in name}

@@ -62,6 +62,16 @@ class W8A8Dynamic(_Matrix):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class W8A8FP8(_Matrix):
+    """y = (x_q W^T) * s_x * weight_scale + bias, where s_x = max |x| / 448 of each token over ALL input columns (1 where x is 0),
+    and x_q = x / s_x, held within -448 ... 448 and rounded to float8_e4m3fn, half to even. weight float8_e4m3fn [N, D];
+    weight_scale float32 [N]; bias [N] in the run's dtype, or None. The sums are of floats: there is no `Unscaled` of it."""
+
+    weight_scale: "Tensor"
+    bias: "Tensor | None"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class W8A16(_Matrix):
     """y = x w^T + bias, where w[n, d] = (weight[n, d] - offset[n, g]) * scale[n, g]. weight int8 [N, D]; scale, offset float32
     [N, G]; bias [N] in the run's dtype, or None.
@@ -94,7 +104,7 @@ class Packed:
         return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
 
 
-Quantized = W8A8 | W8A8SC | W8A8Dynamic | W8A16
+Quantized = W8A8 | W8A8SC | W8A8Dynamic | W8A8FP8 | W8A16
 Weight: TypeAlias = "Tensor | Quantized | Packed"
 
 

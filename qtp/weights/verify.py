@@ -3,12 +3,20 @@
 from collections.abc import Sequence
 
 from qtp.layout.coverage import check_covered
-from qtp.layout.spec import COMPRESSED, FLOAT32, INT8, INT32, RUN, SCALE_BITS, Spec
+from qtp.layout.spec import COMPRESSED, FLOAT8, FLOAT32, INT8, INT32, RUN, SCALE_BITS, Spec
 from qtp.layout.split import Grid
 from qtp.weights.checkpoint import Checkpoint
 from qtp.weights.store import FLOATS
 
-_STORED = {RUN: FLOATS, FLOAT32: FLOATS, INT8: ("I8",), INT32: ("I32",), COMPRESSED: ("I8",), SCALE_BITS: ("I64", "F32")}
+_STORED = {
+    RUN: FLOATS,
+    FLOAT32: FLOATS,
+    INT8: ("I8",),
+    FLOAT8: ("F8_E4M3",),
+    INT32: ("I32",),
+    COMPRESSED: ("I8",),
+    SCALE_BITS: ("I64", "F32"),
+}
 
 
 def verify(store: Checkpoint, specs: Sequence[Spec], grid: Grid) -> None:

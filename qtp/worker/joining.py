@@ -25,6 +25,7 @@ from qtp.weights.checkpoint import open_checkpoint
 
 _ENDPOINT_BYTES = 64
 _PLACE_BYTES = 96
+_ONE_A_RANK = ("nccl", "hccl")
 
 
 def communicator(config: EngineConfig, rendezvous: Rendezvous) -> Communicator:
@@ -42,7 +43,8 @@ def communicator(config: EngineConfig, rendezvous: Rendezvous) -> Communicator:
 
 
 def use_device(config: EngineConfig, rendezvous: Rendezvous) -> torch.device:
-    """This rank's device, made the current one. ValueError if the host has fewer than it has ranks."""
+    """This rank's device, made the current one. Where the host has fewer than it has ranks, ranks share them in turn; ValueError
+    if the communicator is of those that want a device a rank."""
     if config.device == "cpu":
         return torch.device("cpu")
     if config.device == "npu":
@@ -54,12 +56,13 @@ def use_device(config: EngineConfig, rendezvous: Rendezvous) -> torch.device:
             ) from None
     module = torch.get_device_module(config.device)
     found = module.device_count()
-    if rendezvous.local_size > found:
+    if not found or (rendezvous.local_size > found and config.communicator in _ONE_A_RANK):
         raise ValueError(
-            f"{rendezvous.local_size} ranks on this host need as many {config.device} devices, and it has {found}; "
-            "start fewer, or use --device cpu"
+            f"{rendezvous.local_size} ranks on this host need as many {config.device} devices for communicator "
+            f"{config.communicator!r}, and it has {found}; start fewer, let them share with --communicator gloo, or use --device "
+            "cpu"
         )
-    device = torch.device(config.device, rendezvous.local_rank)
+    device = torch.device(config.device, rendezvous.local_rank % found)
     module.set_device(device)
     return device
 
@@ -95,8 +98,10 @@ def fingerprint(config: EngineConfig, model: ModelConfig) -> str:
     """A digest of all that must be the same on every rank: the settings, the model's config and the weight files (their headers,
     sizes and a sample). Where the folder lies and what only concerns one host is left out."""
     settings = {**asdict(config), "model": "", "threads": 0, "ray_address": "", "launcher": ""}
-    with open_checkpoint(Path(config.model), model.weight_files) as store:
-        content = f"{settings}{replace(model, moe=None)}{_moe_text(model)}{store.fingerprint()}"
+    content = f"{settings}{replace(model, moe=None)}{_moe_text(model)}"
+    if config.load_format != "dummy":
+        with open_checkpoint(Path(config.model), model.weight_files) as store:
+            content += store.fingerprint()
     return hashlib.sha256(content.encode()).hexdigest()
 
 

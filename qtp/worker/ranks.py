@@ -27,7 +27,7 @@ from qtp.wire.channel import LOST, Leader, SocketLeader, tick_of
 from qtp.wire.messages import Ready, StepPlan, StepResult, Stop, Welcome
 from qtp.wire.queues import QueueFollower, QueueLeader
 from qtp.worker.follow import serve
-from qtp.worker.joining import communicator, fingerprint, share_cores, tell_endpoint, token_of, use_cores
+from qtp.worker.joining import communicator, fingerprint, share_cores, tell_endpoint, token_of, use_cores, use_device
 from qtp.worker.worker import Worker
 
 log = logging.getLogger("qtp")
@@ -126,7 +126,7 @@ class Ranks:
 
     def _start(self, config: EngineConfig, model: ModelConfig, rendezvous: Rendezvous, progress: Progress) -> None:
         if config.communicator == "loopback":
-            self._start_threads(config, model)
+            self._start_threads(config, model, use_device(config, rendezvous))
             cores = "a thread of this process"
         else:
             check = self._started.check if self._started is not None else lambda: None
@@ -155,8 +155,8 @@ class Ranks:
         assert self._comm is not None, "closed"
         return self._comm
 
-    def _start_threads(self, config: EngineConfig, model: ModelConfig) -> None:
-        comms: list[Loopback] = loopback(config.tp, torch.device(config.device), config.timeout)
+    def _start_threads(self, config: EngineConfig, model: ModelConfig, device: torch.device) -> None:
+        comms: list[Loopback] = loopback(config.tp, device, config.timeout)
         channel = QueueLeader(config.tp)
         self._comm, self._channel = comms[0], channel
         for comm, follower in zip(comms[1:], channel.followers, strict=True):

@@ -98,7 +98,8 @@ class Sampler:
         after a forward has emptied the caches."""
         values, columns = found[0] if len(found) == 1 else (torch.cat([part[i] for part in found]) for i in (0, 1))
         if self.comm.size == 1:
-            return values.cpu(), columns.cpu()
+            ids = columns.cpu()
+            return (values.cpu() if count > 1 else values), ids
         pairs = torch.stack((values.to(torch.float64), (columns + self.start).to(torch.float64)), dim=2)
         if (lacking := count - pairs.shape[1]) > 0:
             pairs = torch.cat((pairs, pairs.new_tensor((NEVER, -1.0)).expand(len(pairs), lacking, 2)), dim=1)
@@ -178,6 +179,11 @@ def _candidates(spec: SamplingSpec) -> int:
     if spec.temperature == 0:
         return 1
     return CANDIDATES if 0 < spec.top_k <= CANDIDATES else 0
+
+
+def only_best(s: Sequence) -> bool:
+    """Whether its next token is the best of the logits as they are, and nothing else of them is told."""
+    return _candidates(s.sampling) == 1 and not _is_adjusted(s)
 
 
 def _is_adjusted(s: Sequence) -> bool:

@@ -1,42 +1,54 @@
 """One rank: the only place where layout, weights, cache, attention, model and sampling are put together."""
 
+import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from collectives.communicator import Communicator
 from collectives.tree import TreeReduce
+from qtp.attention.backend import AttentionBackend
 from qtp.attention.native_backend import NativeAttention
 from qtp.attention.torch_backend import TorchAttention
 from qtp.batch import make_batch
 from qtp.config import EngineConfig, ModelConfig
-from qtp.kernels.interface import Op, Partial, Reduce
+from qtp.kernels.interface import Kernels, Op, Reduce
 from qtp.kernels.native_kernels import NativeKernels
 from qtp.kernels.torch_kernels import TorchKernels
 from qtp.kv.cache import KVCache
 from qtp.kv.scales import kv_scales
 from qtp.layout.leaves import row_cuts
 from qtp.layout.split import even
+from qtp.memory import ALLOCATING, CAPTURING, MEASURING, READING, STEPPING, kv_blocks, told
 from qtp.models import FAMILIES, Place
 from qtp.weights.assemble import assemble
 from qtp.weights.checkpoint import open_checkpoint
+from qtp.weights.dummy import dummy
 from qtp.weights.loader import load
 from qtp.weights.names import declare
 from qtp.weights.quantized import Unscaled
 from qtp.weights.verify import verify
 from qtp.wire.messages import Chunk, Ready, StepPlan, StepResult, TokenLogprobs
-from qtp.worker.sampling import PROMPT_TILE, Sampler, as_sample
+from qtp.worker.graphs import DecodeGraphs, Found, buckets
+from qtp.worker.memory import card_of, largest_step, measure, naming_memory
+from qtp.worker.sampling import PROMPT_TILE, Sampler, as_sample, only_best
 from qtp.worker.sequence import Sequence
+
+log = logging.getLogger("qtp")
 
 
 class Worker:
     """Reads this rank's shard and runs steps. `config` is resolved (see `qtp.resolve`) and the same on every rank.
 
-    Raises ValueError, before any weight is read, if the checkpoint does not fit `model_config`.
+    Raises ValueError, before any weight is read, if the checkpoint does not fit `model_config`; also where the device's memory
+    does not do, then and in every step. num_kv_blocks: of this run, also where `config` leaves them to what is measured here;
+    the same on every rank.
     """
 
+    @naming_memory
     def __init__(
         self,
         config: EngineConfig,
@@ -44,18 +56,24 @@ class Worker:
         comm: Communicator,
         progress: Callable[[int], None] = lambda count: None,
     ) -> None:
-        assert config.num_kv_blocks is not None
         grid, dtype, device = config.grid(), getattr(torch, config.dtype), comm.device
+        self.doing, self.device = READING, device
         specs = declare(model_config)
-        with open_checkpoint(Path(config.model), model_config.weight_files, grid, comm.rank) as store:
-            verify(store, specs, grid)
-            tensors = load(store, specs, comm.rank, grid, dtype, device, progress)
+        bytes_read = 0
+        if config.load_format == "dummy":
+            tensors = dummy(specs, comm.rank, grid, dtype, device)
+        else:
+            with open_checkpoint(Path(config.model), model_config.weight_files, grid, comm.rank) as store:
+                verify(store, specs, grid)
+                tensors = load(store, specs, comm.rank, grid, dtype, device, progress)
+            bytes_read = store.bytes_read
         shard = assemble(model_config, tensors, comm.rank, grid)
         query, kv = model_config.heads.query(comm.rank, grid), model_config.heads.kv(comm.rank, grid)
         group = model_config.num_heads // model_config.num_kv_heads
+        self.doing = ALLOCATING
         cache = KVCache(
             model_config.num_layers,
-            config.num_kv_blocks,
+            config.num_kv_blocks or 1,
             config.block_size,
             len(kv),
             model_config.head_dim,
@@ -63,15 +81,16 @@ class Worker:
             device,
             kv_scales(model_config, tensors),
         )
+        self.doing = READING
         kv_of = tuple(h // group - kv.start for h in query)
-        native = config.kernels == "native"
+        kernels, attention = _kernels(config, cache, kv_of, device)
         place = Place(
             rank=comm.rank,
             grid=grid,
             comm=comm,
             reduce=_reduce(comm, _tree_reduce(comm, dtype) if config.deterministic else comm.all_reduce),
-            kernels=NativeKernels(deterministic=config.deterministic) if native else TorchKernels(),
-            attention=NativeAttention(cache, kv_of, device) if native else TorchAttention(cache, kv_of, device),
+            kernels=kernels,
+            attention=attention,
             cuts=row_cuts(specs, comm.rank, grid) if config.deterministic else {},
         )
         self.comm, self.cache = comm, cache
@@ -80,9 +99,50 @@ class Worker:
         self.sampler = Sampler(comm, sizes, min(config.vocab_limit or model_config.vocab_size, model_config.vocab_size))
         self.sequences: dict[int, Sequence] = {}
         self.ready = Ready(
-            rank=comm.rank, bytes_read=store.bytes_read, weight_bytes=sum(t.numel() * t.element_size() for t in tensors.values())
+            rank=comm.rank, bytes_read=bytes_read, weight_bytes=sum(t.numel() * t.element_size() for t in tensors.values())
+        )
+        del tensors, shard  # what kernels have brought into another form is not held twice while memory is measured
+        self.graphs: DecodeGraphs | None = None
+        self.num_kv_blocks = config.num_kv_blocks or self._grow(config, model_config.vocab_size)
+        self.graphs = self._captured(config)
+        self.doing = STEPPING
+
+    def _captured(self, config: EngineConfig) -> DecodeGraphs | None:
+        """Graphs of decode steps where they can be had: Triton's kernels, and ranks that talk on the device or not at all."""
+        on_device = self.device.type == "cuda" and config.communicator in ("solo", "nccl")
+        if config.kernels != "triton" or not on_device or config.enforce_eager:
+            return None
+        assert config.max_model_len is not None
+        self.doing = CAPTURING
+        return DecodeGraphs(
+            self.model,
+            buckets(config.max_num_seqs),
+            allowed=self.sampler.allowed_here,
+            blocks=self.num_kv_blocks,
+            block_size=config.block_size,
+            max_model_len=config.max_model_len,
+            device=self.device,
+            progress=lambda sizes: tqdm(sizes, desc="CUDA graphs", leave=False, disable=self.comm.rank != 0),
         )
 
+    def _grow(self, config: EngineConfig, vocab_size: int) -> int:
+        """Gives the cache, so far of one block, what the card has room for. Every rank must call it. Returns its blocks."""
+        self.doing, plans = MEASURING, largest_step(config, vocab_size)
+        uses = measure(
+            card_of(self.device),
+            self.comm,
+            lambda: [self.execute(plan) for plan in plans],
+            weights=self.ready.weight_bytes,
+            block=self.cache.block_bytes,
+        )
+        blocks = kv_blocks(uses, config)
+        if self.comm.rank == 0:
+            log.info("%s", told(uses, blocks, config))
+        self.doing = ALLOCATING
+        self.cache.resize(blocks)
+        return blocks
+
+    @naming_memory
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Runs one step. Every rank must execute the same plans in the same order; rank 0's result is the one that counts."""
@@ -90,12 +150,15 @@ class Worker:
         chunks = sorted(plan.chunks, key=lambda chunk: chunk.count != 1)
         if not chunks:
             return StepResult(step=plan.step)
+        sequences = [self.sequences[chunk.seq_id] for chunk in chunks]
+        if self.graphs is not None and chunks[-1].count == 1 and len(chunks) <= self.graphs.most:
+            steps = [(s.token_ids[chunk.start], chunk.start, s.blocks) for chunk, s in zip(chunks, sequences, strict=True)]
+            greedy = all(chunk.sample and only_best(s) for chunk, s in zip(chunks, sequences, strict=True))
+            return self._answer(plan.step, chunks, *self.graphs.run(steps, greedy))
         parts = []
-        for chunk in chunks:
-            s = self.sequences[chunk.seq_id]
+        for chunk, s in zip(chunks, sequences, strict=True):
             parts.append((tuple(s.token_ids[chunk.start : chunk.start + chunk.count]), chunk.start, tuple(s.blocks)))
-        hidden_TD = self.model.hidden(make_batch(parts, self.cache.block_size, self.comm.device))
-        return self._answer(plan.step, chunks, hidden_TD)
+        return self._answer(plan.step, chunks, self.model.hidden(make_batch(parts, self.cache.block_size, self.comm.device)))
 
     def _learn(self, plan: StepPlan) -> None:
         for seq_id in plan.dropped:
@@ -107,7 +170,8 @@ class Worker:
             s.token_ids += chunk.appended
             s.blocks += chunk.new_blocks
 
-    def _answer(self, step: int, chunks: list[Chunk], hidden_TD: torch.Tensor) -> StepResult:
+    def _answer(self, step: int, chunks: list[Chunk], hidden_TD: torch.Tensor, found: Found | None = None) -> StepResult:
+        """found: the best id of every row in this rank's vocabulary, where all of them want that and no more."""
         first, ends, seq_ids, prompts = 0, [], [], {}
         for chunk in chunks:
             if told := self._prompt_logprobs(chunk, hidden_TD, first):
@@ -122,7 +186,7 @@ class Worker:
             chosen = self.sampler.sample(
                 lambda rows: self.model.logits(_picked(hidden_RD, rows)),
                 [self.sequences[i] for i in seq_ids],
-                lambda rows, count, allowed: self.model.best(_picked(hidden_RD, rows), count, allowed),
+                lambda rows, count, allowed: found or self.model.best(_picked(hidden_RD, rows), count, allowed),
             )
             answers = dict(zip(seq_ids, chosen, strict=False))
         telling = [chunk.seq_id for chunk in chunks if chunk.seq_id in answers or chunk.seq_id in prompts]
@@ -143,10 +207,23 @@ class Worker:
         return told
 
 
+def _kernels(
+    config: EngineConfig, cache: KVCache, kv_of: tuple[int, ...], device: torch.device
+) -> tuple[Kernels, AttentionBackend]:
+    if config.kernels == "native":
+        return NativeKernels(deterministic=config.deterministic), NativeAttention(cache, kv_of, device)
+    if config.kernels == "triton":
+        from qtp.attention.triton_backend import TritonAttention  # Triton is there on CUDA devices only
+        from qtp.kernels.triton_kernels import TritonKernels
+
+        return TritonKernels(device), TritonAttention(cache, kv_of, device)
+    return TorchKernels(), TorchAttention(cache, kv_of, device)
+
+
 def _reduce(comm: Communicator, floats: Op) -> Reduce:
     """Adds partial sums over the ranks: of integers before they are scaled, of floats by `floats`."""
 
-    def run(partial: Partial) -> torch.Tensor:
+    def run(partial: torch.Tensor | Unscaled) -> torch.Tensor:
         if isinstance(partial, Unscaled):
             return partial.scaled(comm.all_reduce(partial.total))
         return floats(partial)

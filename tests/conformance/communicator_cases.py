@@ -16,6 +16,7 @@ from torch import Tensor
 
 from collectives.checked import Checked
 from collectives.communicator import CollectiveError, Communicator
+from collectives.staged import Staged
 from collectives.traced import Call, Traced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.int8)
@@ -320,5 +321,10 @@ CASES: dict[str, Case] = {
         checked_tells_who_disagrees,
     )
 }
-WRAPPERS: dict[str, Callable[[Communicator], Communicator]] = {"plain": lambda c: c, "traced": Traced, "checked": Checked}
+WRAPPERS: dict[str, Callable[[Communicator], Communicator]] = {
+    "plain": lambda c: c,
+    "traced": Traced,
+    "checked": Checked,
+    "staged": lambda c: Staged(c, c.device),
+}
 PROCESS_SIZES = {"plain": (1, 2, 3, 4), "traced": (2,), "checked": (1, 2), "tree": (2, 3, 4)}

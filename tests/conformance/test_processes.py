@@ -23,7 +23,7 @@ FAILURES = ("silent", "aborted", "gone")
 
 # name -> (the numbers of ranks to try for each wrapper, the failures)
 BACKENDS: dict[str, tuple[dict[str, tuple[int, ...]], tuple[str, ...]]] = {
-    "gloo": (PROCESS_SIZES, FAILURES),
+    "gloo": (PROCESS_SIZES | {"staged": (2, 3)}, FAILURES),
     "shm": (PROCESS_SIZES, FAILURES),
     "hierarchical": ({"plain": (1, 2), "checked": (2,)}, FAILURES),
     "hierarchical/0011": ({"plain": (3, 4), "checked": (3,), "tree": (3, 4)}, FAILURES),

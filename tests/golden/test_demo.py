@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from device_helper import between_processes
 from models_helper import Reference, open_llm, refer
 
 import qtp
@@ -58,7 +59,7 @@ def test_greedy_text_is_that_of_transformers(name: str, tp: int, refer_to: Refer
 
 def test_greedy_text_of_two_processes_is_that_of_transformers(refer_to: Refer) -> None:
     with open_llm(DEMO / "moe", 2, communicator="auto") as llm:
-        assert llm.config.communicator == "shm"
+        assert llm.config.communicator == between_processes(2)
         assert _greedy(llm, refer_to("moe").prompt) == refer_to("moe").tokens
 
 

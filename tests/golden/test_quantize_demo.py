@@ -38,6 +38,7 @@ LIMITS: dict[str, tuple[dict[str, Any], float]] = {
     "w8a8": (PRESETS["qwen_w8a8"], 0.01),
     "w8a8-m4": ({"anti_method": "m4", "down_proj": "all", "act_method": 3}, 0.01),
     "dynamic": ({"is_dynamic": True}, 0.005),
+    "fp8": (PRESETS["qwen_fp8"], 0.01),
     "fa3": ({**KV, "use_fa_quant": True}, 0.005),
     "w4a8": (PRESETS["qwen_w4a8"], 0.03),
     "w8a8s": (PRESETS["qwencode_w8a8s"], 0.03),

@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 from batching_helper import SeenWorkers, blocks_for, idle, make, random_jobs, serve
+from device_helper import CHOSEN
 
 from qtp import LLM, SamplingParams
 from qtp.engine.request import Sequence
@@ -54,7 +55,7 @@ def alone(kind: str, jobs: list[tuple[list[int], SamplingParams]]) -> list[tuple
     return tokens
 
 
-@pytest.mark.parametrize("kernels", ["native", "torch"])
+@pytest.mark.parametrize("kernels", CHOSEN.kernels)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.kind}-tp{c.tp}-block{c.block}-chunk{c.chunk}-seqs{c.seqs}")
 def test_tokens_do_not_depend_on_company(case: Case, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     random = Random(case.seed)

@@ -13,6 +13,7 @@ from math import exp, sqrt
 import pytest
 import torch
 from batching_helper import on_threads
+from device_helper import HOST
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
@@ -71,7 +72,7 @@ def answers(
 
         return Sampler(comm, cut, allowed).sample(logits, sequences, search(part) if searching else None)
 
-    first, *others = on_threads(len(cut), body)
+    first, *others = on_threads(len(cut), body, HOST)
     assert all(other == [] for other in others)
     return first
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_helper import CHOSEN
 from models_helper import Reference, check, make_checkpoint, open_llm, oracle, oracle_logprobs, random_ids, refer, run
 
 TOKENS = 64
@@ -175,7 +176,7 @@ def refer_to(tmp_path_factory: pytest.TempPathFactory) -> Refer:
 @pytest.mark.parametrize(("name", "tp"), [(name, tp) for name, case in CASES.items() for tp in range(1, case.largest_tp + 1)])
 def test_float32_gives_the_numbers_of_transformers(name: str, tp: int, refer_to: Refer) -> None:
     with open_llm(refer_to(name).folder, tp) as llm:
-        assert llm.config.kernels == "native"
+        assert llm.config.kernels == CHOSEN.kernels[0]
         check(llm, refer_to(name))
 
 
@@ -209,7 +210,7 @@ def test_experts_cut_by_expert_and_by_column(name: str, tp: int, moe_ep: int, mo
         check(llm, refer_to(name))
 
 
-@pytest.mark.parametrize("kernels", ["native", "torch"])
+@pytest.mark.parametrize("kernels", CHOSEN.kernels)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["10-5-yarn-attention-factor-tied", "moe-8-8-dense-layer-all-experts"])
 @pytest.mark.parametrize("tp", [1, 3, 8])

@@ -1,10 +1,11 @@
 """Proves over real processes, shared memory and gloo what tests/loopback proves over threads: transformers' numbers, with heads,
-columns, vocabulary and experts that the world size does not divide."""
+columns, vocabulary and experts that the world size does not divide. With --device cuda two processes share a card."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from device_helper import CHOSEN, between_processes
 from models_helper import Reference, check, make_checkpoint, open_llm, random_ids, refer
 
 DENSE: dict[str, Any] = {
@@ -50,10 +51,13 @@ def refer_to(tmp_path_factory: pytest.TempPathFactory) -> Refer:
     return get
 
 
-@pytest.mark.parametrize(("communicator", "tp"), [("auto", 2), ("auto", 3), ("auto", 4), ("gloo", 2), ("gloo", 3)])
+RUNS = [("auto", 2), ("auto", 3), ("auto", 4), ("gloo", 2), ("gloo", 3)]
+
+
+@pytest.mark.parametrize(("communicator", "tp"), [run for run in RUNS if CHOSEN.name == "cpu" or run[1] == 2])
 @pytest.mark.parametrize("family", CASES)
 def test_processes_give_the_numbers_of_transformers(family: str, communicator: str, tp: int, refer_to: Refer) -> None:
     with open_llm(refer_to(family).folder, tp, communicator=communicator) as llm:
-        assert llm.config.communicator == {"auto": "shm", "gloo": "gloo"}[communicator]
+        assert llm.config.communicator == {"auto": between_processes(tp), "gloo": "gloo"}[communicator]
         assert len(llm.ranks.ready) == tp
         check(llm, refer_to(family))

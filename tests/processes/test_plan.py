@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qtp import LLM, plan
+from qtp import LLM, cards, plan
 from qtp.config import ModelConfig
 from qtp.layout.split import Grid
 from qtp.resolve import shares
@@ -194,3 +194,71 @@ def test_the_decode_step_is_one_that_travels() -> None:
     assert len({chunk.seq_id for chunk in step.chunks}) == 256
     assert sum(len(chunk.new_blocks) for chunk in step.chunks) == 2
     assert all(chunk.count == 1 and chunk.sample and len(chunk.appended) == 1 for chunk in step.chunks)
+
+
+def card_rows(out: str) -> dict[int, str]:
+    """The lines of the table of a card by tp."""
+    return {int(line.split()[1]): line for line in out.splitlines() if line.startswith("tp ")}
+
+
+def test_a_card_says_what_fits_and_how_fast_it_can_be(capfd: pytest.CaptureFixture[str]) -> None:
+    """The dense demo at tp 1, by hand: one step reads all weights but the embedding, if that is no head as well."""
+    code, out = run(capfd, "--model", DENSE, "--card", "h100", "--gpu-memory-utilization", 0.5, "--max-len", 1024, "--batch", 9)
+    assert code == 0
+    assert "card H100: 79.1 GiB, of which 0.5 are 39.55 GiB; it reads 3.35 TB/s and does 989.4 TFLOP/s in bfloat16" in out
+    assert f"memory of a rank: {39.55:.2f} GiB; left for KV" in out
+    model = ModelConfig.load(DENSE)
+    (share,) = shares(model, Grid.of(1), "bfloat16")
+    embedding = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size * 2
+    read = share.weight_bytes - embedding
+    one, many = 3.35e12 / read, 9 * 3.35e12 / (read + 9 * 1024 * share.kv_bytes_per_token)
+    spare = int(int(79.1 * 2**30) * 0.5) - share.weight_bytes - plan.working_bytes(model, share, "bfloat16", plan.STEP_TOKENS)
+    rows = card_rows(out)
+    assert list(rows) == [tp for tp in (1, 2, 4, 8) if tp <= model.num_heads]
+    assert f" {spare // share.kv_bytes_per_token}  {one:.0f}; {many:.0f} for 9 x 1024 tokens " in rows[1]
+    heads, d, hidden = model.num_heads + model.num_kv_heads, model.head_dim, model.hidden_size
+    met = model.num_layers * (2 * heads * d * hidden + 3 * hidden * model.intermediate_size)
+    assert rows[1].split()[-1] == f"{989.4e12 / (2 * met):.0f}"
+
+
+def test_a_card_that_is_too_small_says_no(capfd: pytest.CaptureFixture[str]) -> None:
+    code, out = run(capfd, "--model", DENSE, "--card", "RTX4090", "--gpu_memory_utilization", 0.0001)
+    assert code == 1
+    assert card_rows(out)[1].endswith("does not fit")
+    assert "do not fit; raise --tp or --gpu-memory-utilization" in out
+
+
+def test_a_step_of_few_tokens_reads_few_experts() -> None:
+    """At tp 1: top_k of the experts for one sequence, nearly all for many; everything else of a layer in any case."""
+    model = ModelConfig.load(MOE)
+    held = cards.loads(model, Grid.of(1), "bfloat16")
+    assert model.moe is not None
+    experts = 3 * model.hidden_size * model.moe.expert_intermediate_size * model.moe.num_experts * len(model.moe.layers) * 2
+    whole = cards.bytes_read(model, held, 10**6)
+    few = whole - cards.bytes_read(model, held, 1)
+    assert few == pytest.approx(experts * (1 - model.moe.top_k / model.moe.num_experts), abs=2)
+    assert cards.reached(model, 1) == pytest.approx(model.moe.top_k / model.moe.num_experts)
+    assert 0.9 < cards.reached(model, 64) < 1.0
+    assert cards.reached(ModelConfig.load(DENSE), 1) == 1.0
+
+
+@pytest.mark.parametrize("card", cards.CARDS.values(), ids=lambda card: card.name)
+def test_cards_are_plausible(card: cards.Card) -> None:
+    assert cards.card(card.name.swapcase()) is card
+    assert 20 * 2**30 < card.memory < 200 * 2**30
+    assert 100 < card.peak / card.bandwidth < 500, "operations for each byte read"
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (("--card", "B1"), "--card B1 is unknown; choose H100, H200, A100-80, A100-40, L40S, RTX4090, 910B, or give --memory"),
+        (("--card", "H100", "--memory", 3), "--memory 3 and --card H100 both say what a rank has; give one of them"),
+        (("--card", "H100", "--gpu_memory_utilization", 2), "--gpu_memory_utilization 2 must be above 0 and at most 1"),
+        (("--gpu-memory-utilization", 0.5), "--gpu_memory_utilization 0.5 is of a card; name it with --card, or give --memory"),
+    ],
+)
+def test_cards_that_cannot_be_are_one_line(capfd: pytest.CaptureFixture[str], argv: tuple[object, ...], error: str) -> None:
+    capfd.readouterr()
+    assert plan.main(["--model", str(DENSE), *map(str, argv)]) == 2
+    assert capfd.readouterr() == ("", f"error: {error}\n")

@@ -140,8 +140,9 @@ def test_ranks_meet_on_two_nodes_and_are_numbered_within_theirs(connected: objec
 
 @pytest.mark.parametrize(("kind", "variable"), [("GPU", "cuda"), ("NPU", "npu")])
 def test_each_rank_sees_the_devices_of_its_node_by_local_rank(
-    connected: object, tmp_path: Path, kind: str, variable: str
+    connected: object, tmp_path: Path, kind: str, variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # set where the tests hide a card
     argv = [sys.executable, str(HERE / "ray_ranks.py"), "meet", str(tmp_path)]
     rendezvous, ranks = ray_cluster.start(2, argv, 60.0, address=None, resources={"CPU": 1.0, kind: 1.0})
     try:

@@ -12,6 +12,11 @@ from quantized_helper import float_checkpoint, quantized_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qtp.config import ModelConfig
+from qtp.layout.spec import FLOAT8
+from qtp.layout.split import Grid
+from qtp.weights.names import declare
+
 IDS = [3, 1, 4, 1, 5, 9]
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
 DOWN = "model.layers.1.mlp.down_proj"
@@ -50,6 +55,7 @@ def put(name: str, value: float) -> Callable[[dict[str, Tensor]], object]:
         ("W8A8", f"{DOWN}.deq_scale"),
         ("W8A16", f"{K}.weight_scale"),
         ("W8A8_DYNAMIC", f"{DOWN}.weight_scale"),
+        ("W8A8_FP8", f"{DOWN}.weight_scale"),
     ],
 )
 def test_a_scale_that_cannot_be(source: Path, tmp_path: Path, kind: str, name: str, value: float) -> None:
@@ -109,6 +115,24 @@ def test_data_that_are_not_what_is_described(source: Path, tmp_path: Path, name:
             tensors[name] = value
 
     refused(source, tmp_path, "W8A8", edit, named)
+
+
+def test_float8_takes_a_byte(source: Path, tmp_path: Path) -> None:
+    """What the planner counts for one rank is what lies in the file, where all the rest is float32."""
+    quantized_checkpoint(source, tmp_path, "W8A8_FP8", seed=1, ids=IDS)
+    tensors = load_file(next(tmp_path.glob("*.safetensors")))
+    specs, alone = declare(ModelConfig.load(tmp_path)), Grid.of(1)
+    assert sum(spec.bytes(0, alone, 4) for spec in specs) == sum(x.nbytes for x in tensors.values())
+    halves = [sum(spec.bytes(rank, Grid.of(2), 4) for spec in specs if spec.dtype == FLOAT8) for rank in range(2)]
+    assert sum(halves) == sum(x.nbytes for x in tensors.values() if x.dtype == torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e5m2, torch.bfloat16])
+def test_float8_of_another_kind(source: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{DOWN}.weight"] = tensors[f"{DOWN}.weight"].float().to(dtype)
+
+    refused(source, tmp_path, "W8A8_FP8", edit, rf"{DOWN}.weight has dtype \w+, and should have F8_E4M3")
 
 
 def test_a_description_that_is_not_of_the_data(source: Path, tmp_path: Path) -> None:

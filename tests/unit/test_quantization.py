@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compressed_tensors_helper import FP8_DYNAMIC, GROUP
 
 from qtp.quantization import Quantization, read_quantization
 
@@ -68,6 +69,43 @@ def test_only_the_cache_may_be_quantized(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused(tmp_path: Path, config: dict[str, Any], description: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named) as error:
         read(tmp_path, config, new={"version": "1", Q: "W8A8", **description})
+    assert "\n" not in str(error.value)
+
+
+def test_float8_of_llm_compressor_needs_no_description(tmp_path: Path) -> None:
+    found = read(tmp_path, {"quantization_config": FP8_DYNAMIC})
+    assert found is not None
+    assert (found.word, found.stem, found.kv_cache) == ("w8a8_fp8", "model", None)
+    assert [found.type_of(name) for name in (Q, "lm_head.weight")] == ["W8A8_FP8", "FLOAT"]
+    named = GROUP | {"targets": ["re:.*self_attn", "model.layers.1.mlp.up_proj"]}
+    found = read(tmp_path, {"quantization_config": FP8_DYNAMIC | {"config_groups": {"some": named}, "ignore": ["re:.*k_proj"]}})
+    assert found is not None
+    layers = ("0.self_attn.k_proj", "0.self_attn.o_proj", "1.mlp.up_proj", "11.mlp.up_proj")
+    kinds = [found.type_of(f"model.layers.{layer}.weight") for layer in layers]
+    assert kinds == ["FLOAT", "W8A8_FP8", "W8A8_FP8", "FLOAT"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "group", "named"),
+    [
+        ({}, {"weights": GROUP["weights"] | {"strategy": "tensor"}}, "group_0.weights.strategy 'tensor' is not supported"),
+        ({}, {"weights": GROUP["weights"] | {"type": "int"}}, "group_0.weights.type 'int' is not supported"),
+        ({}, {"weights": "FP8"}, "group_0.weights.num_bits None is not supported"),
+        ({}, {"input_activations": None}, "group_0.input_activations.num_bits None is not supported"),
+        ({}, {"input_activations": GROUP["input_activations"] | {"dynamic": False}}, "input_activations.dynamic False"),
+        ({}, {"output_activations": {"num_bits": 8}}, "group_0.output_activations"),
+        ({}, {"format": "nvfp4-pack-quantized"}, "group_0.format 'nvfp4-pack-quantized' is not supported"),
+        ({}, {"targets": "Linear"}, "group_0.targets must be a list"),
+        ({"format": "pack-quantized"}, {}, "group_0.format 'pack-quantized' is not supported"),
+        ({"kv_cache_scheme": {"num_bits": 8}}, {}, "kv_cache_scheme"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, {}, "sparsity_config"),
+        ({"config_groups": {}}, {}, "has no config_groups"),
+        ({"ignore": ["re:("]}, {}, r"ignore has 're:\(', which is no regular expression"),
+    ],
+)
+def test_other_schemes_of_it_are_refused(tmp_path: Path, settings: dict[str, Any], group: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named) as error:
+        read(tmp_path, {"quantization_config": FP8_DYNAMIC | {"config_groups": {"group_0": GROUP | group}} | settings})
     assert "\n" not in str(error.value)
 
 

@@ -135,13 +135,15 @@ def of(*flags: str, **more: Any) -> Settings:
 def test_types_by_their_bits() -> None:
     assert of().kind == "W8A8"
     assert of(is_dynamic=True).kind == "W8A8_DYNAMIC"
+    assert of(is_fp8=True) == Settings(kind="W8A8_FP8")
+    assert of(is_fp8=True).word == "w8a8_fp8"
     assert of(a_bit=16) == Settings(kind="W8A16")
     assert of(a_bit=16, is_lowbit=True, open_outlier=False).group_size == 64
     assert of(a_bit=16, group_size=128).group_size == 128
     assert of(w_bit=4, use_sigma=True).sigma_factor == 3.0
     assert of(do_smooth=True).anti_method == "m1"
     assert of("use_kvcache_quant", w_bit=16, a_bit=16).word == "float"
-    assert [of(**PRESETS[name]).kind for name in PRESETS] == ["W8A8", "W8A16", "W8A8S", "W8A8S", "FLOAT"]
+    assert [of(**PRESETS[name]).kind for name in PRESETS] == ["W8A8", "W8A16", "W8A8_FP8", "W8A8S", "W8A8S", "FLOAT"]
     assert not of(a_bit=16).calibrated
     assert of(a_bit=16, anti_method="m3").calibrated
 
@@ -167,6 +169,10 @@ def test_explicit_flags_win_over_a_preset() -> None:
         ("--a_bit 16 --group_size 100", "choose 0, 64, 128, 256"),
         ("--w_sym False", "--w_sym False is for W8A16"),
         ("--is_dynamic --a_bit 16", "--is_dynamic is for"),
+        ("--is_fp8 --w_bit 4", "--is_fp8 is for --w_bit 8 --a_bit 8, not for W8A8S"),
+        ("--is_fp8 --is_dynamic", "--is_dynamic and --is_fp8 exclude each other"),
+        ("--preset qwen_fp8 --group_size 128", "--group_size 128 is for W8A16"),
+        ("--preset qwen_fp8 --calib_texts hello", "W8A8_FP8 needs no calibration"),
         ("--disable_level L9", "choose L0 to L5"),
         ("--fraction 2", "--fraction 2.0 must be a share"),
         ("--preset qwen_w9", "--preset 'qwen_w9' is unknown"),

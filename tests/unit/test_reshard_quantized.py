@@ -23,6 +23,7 @@ KINDS = {
     "w8a8": ("W8A8", {"old": True}),
     "w8a8s": ("W8A8S", {}),
     "dynamic": ("W8A8_DYNAMIC", {}),
+    "fp8": ("W8A8_FP8", {}),
     "w8a16": ("W8A16", {}),
     "w8a16-64": ("W8A16", {"group_size": 64}),
     "kv": ("FLOAT", {"kv": "C8"}),

@@ -1,0 +1,296 @@
+"""Kernels of products with weights of 8 bits, and of what quantizes their inputs; `quantized` launches them.
+
+T tokens, D input columns, N outputs, G groups of columns, of P each in a round.
+"""
+
+import triton
+import triton.language as tl
+
+from qtp.kernels.triton.launch import dot, launch_dependents, wait
+
+INTEGER_FORM, GATED_FORM = tl.constexpr(1), tl.constexpr(2)  # of what comes out, as `quantized` says; 0: y
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_WHOLE = tl.constexpr(12582912.0)  # 1.5 * 2^23: a small float32 to which it is added has no bits left behind the point
+_INT8 = tl.constexpr(127.0)
+
+
+@triton.jit
+def _to_int8(x, scale, offset):
+    """clamp(round(x / scale + offset)), half to even."""
+    levels = tl.minimum(tl.maximum(tl.math.div_rn(x, scale) + offset, -128.0), 127.0)
+    return ((levels + _WHOLE) - _WHOLE).to(tl.int8)
+
+
+@triton.jit
+def quantize(
+    x_ptr, maxima_ptr, out_ptr, scales_ptr, D, x_stride, scale, offset, LEVELS: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One token a program. LEVELS 0: with `scale` and `offset`. Else the scale is max |x| / LEVELS, which goes to `scales`, with
+    the maximum from `maxima` or from x. Without `out`, only the maximum goes to `scales`."""
+    token, cols_D = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
+    wait(PDL)
+    if LEVELS > 0:
+        if maxima_ptr is None:
+            largest_D = tl.zeros((BLOCK_D,), tl.float32)
+            for start in range(0, D, BLOCK_D):
+                at_D = start + cols_D
+                x_D = tl.load(x_ptr + token * x_stride + at_D, mask=at_D < D, other=0.0).to(tl.float32)
+                largest_D = tl.maximum(largest_D, tl.abs(x_D))
+            most = tl.max(largest_D, axis=0)
+        else:
+            most = tl.load(maxima_ptr + token)
+        if out_ptr is None:
+            tl.store(scales_ptr + token, most)
+        else:
+            scale = tl.math.div_rn(most, LEVELS)
+            scale = tl.where(scale > 0.0, scale, 1.0)
+            tl.store(scales_ptr + token, scale)
+    if out_ptr is not None:
+        for start in range(0, D, BLOCK_D):
+            at_D = start + cols_D
+            x_D = tl.load(x_ptr + token * x_stride + at_D, mask=at_D < D, other=0.0).to(tl.float32)
+            if LEVELS > _INT8:
+                levels_D = tl.minimum(tl.maximum(tl.math.div_rn(x_D, scale), -LEVELS), LEVELS)
+                value_D = levels_D.to(tl.float8e4nv).to(out_ptr.dtype.element_ty)
+            else:
+                value_D = _to_int8(x_D, scale, offset)
+            tl.store(out_ptr + token * D + at_D, value_D, mask=at_D < D)
+
+
+@triton.jit
+def _scaled(total_NT, rows_N, tokens_T, scale_ptr, token_scale_ptr, bias_ptr):
+    """y of sums to which quant_bias is added: [N, T] float32. scale_ptr is None where the sums are scaled already."""
+    y_NT = total_NT.to(tl.float32)
+    if scale_ptr is not None:
+        scale_NT = tl.load(scale_ptr + rows_N)[:, None]
+        if token_scale_ptr is not None:
+            scale_NT = tl.load(token_scale_ptr + tokens_T)[None, :] * scale_NT
+        y_NT *= scale_NT
+    if bias_ptr is not None:
+        y_NT += tl.load(bias_ptr + rows_N).to(tl.float32)[:, None]
+    return y_NT
+
+
+@triton.jit
+def _finish(
+    total_NT, up_NT, rows_N, tokens_T, T, N, scale_ptr, token_scale_ptr, quant_bias_ptr, bias_ptr, out_ptr, out_stride,
+    FORM: tl.constexpr,
+):  # fmt: skip
+    """Stores what the sums of rows n (and N + n, GATED) of the weight give. rows_N and tokens_T may lead beyond the end."""
+    held_N, tokens = tl.minimum(rows_N, N - 1), tl.minimum(tokens_T, T - 1)
+    if quant_bias_ptr is not None:
+        total_NT += tl.load(quant_bias_ptr + held_N)[:, None]
+    out_NT = out_ptr + tokens_T[None, :].to(tl.int64) * out_stride + rows_N[:, None]
+    inside_NT = (rows_N[:, None] < N) & (tokens_T[None, :] < T)
+    if FORM == INTEGER_FORM:
+        tl.store(out_NT, total_NT, mask=inside_NT)
+    else:
+        y_NT = _scaled(total_NT, held_N, tokens, scale_ptr, token_scale_ptr, bias_ptr)
+        if FORM == GATED_FORM:
+            if quant_bias_ptr is not None:
+                up_NT += tl.load(quant_bias_ptr + N + held_N)[:, None]
+            y_NT = y_NT / (1.0 + tl.exp(-y_NT)) * _scaled(up_NT, N + held_N, tokens, scale_ptr, token_scale_ptr, bias_ptr)
+        tl.store(out_NT, y_NT.to(out_ptr.dtype.element_ty), mask=inside_NT)
+
+
+@triton.jit
+def _times_one(
+    sums_NGS, w_NGP, x_GP, groups_G, rows_N, scale_ptr, offset_ptr, groups, WHOLE: tl.constexpr, GROUPED: tl.constexpr
+):
+    """sums + w x, of integers exactly, with S sums of neighbours in a group, which are one thread's. WHOLE: x has integers."""
+    NEXT: tl.constexpr = w_NGP.shape[2] // sums_NGS.shape[2]
+    SHAPE: tl.constexpr = (w_NGP.shape[0], w_NGP.shape[1], w_NGP.shape[2] // NEXT, NEXT)
+    if WHOLE:
+        sums_NGS += tl.sum(tl.reshape(w_NGP.to(tl.int32) * x_GP.to(tl.int32)[None, :, :], SHAPE), axis=3)
+    else:
+        wide_NGP = w_NGP.to(tl.float32)
+        place_NG, held_NG = rows_N[:, None].to(tl.int64) * groups + groups_G[None, :], groups_G[None, :] < groups
+        if offset_ptr is not None:
+            if GROUPED:
+                wide_NGP -= tl.load(offset_ptr + place_NG, mask=held_NG, other=0.0)[:, :, None]
+            else:
+                wide_NGP -= tl.load(offset_ptr + rows_N)[:, None, None]
+        part_NGS = tl.sum(tl.reshape(wide_NGP * x_GP.to(tl.float32)[None, :, :], SHAPE), axis=3)
+        if GROUPED:
+            part_NGS *= tl.load(scale_ptr + place_NG, mask=held_NG, other=0.0)[:, :, None]
+        sums_NGS += part_NGS
+    return sums_NGS
+
+
+@triton.jit
+def _columns(first, D, GROUP: tl.constexpr, PHASE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The columns of groups first ... first + BLOCK_G - 1, up to BLOCK_P of each, and which of them there are."""
+    groups_G, within_P = first + tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_P)
+    at_GP = groups_G[:, None] * GROUP - PHASE + within_P[None, :]
+    inside_GP = at_GP < D
+    if PHASE != 0:
+        inside_GP &= at_GP >= 0
+    if GROUP != BLOCK_P:
+        inside_GP &= within_P[None, :] < GROUP
+    return groups_G, at_GP, inside_GP
+
+
+@triton.jit
+def one_token(
+    x_ptr, w_ptr, scale_ptr, offset_ptr, token_scale_ptr, quant_bias_ptr, bias_ptr, out_ptr, N, D, w_stride, groups,
+    input_scale, input_offset, STATIC: tl.constexpr, WHOLE: tl.constexpr, GROUPED: tl.constexpr, FORM: tl.constexpr,
+    GROUP: tl.constexpr, PHASE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """y of one token from rows n (and N + n, GATED) of the weight; GROUP columns share a scale, if GROUPED, or are read together.
+    STATIC: x is to be quantized with input_scale and input_offset. Weights are fetched one round ahead."""
+    rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    held_N = tl.minimum(rows_N, N - 1)
+    w_N11 = w_ptr + (held_N.to(tl.int64) * w_stride)[:, None, None]
+    up_N11 = w_ptr + ((held_N + N).to(tl.int64) * w_stride)[:, None, None]
+    SUMS: tl.constexpr = BLOCK_P // 16 if BLOCK_P > 16 else 1
+    sums_NGS = tl.zeros((BLOCK_N, BLOCK_G, SUMS), tl.int32 if WHOLE else tl.float32)
+    up_sums_NGS = tl.zeros((BLOCK_N, BLOCK_G, SUMS), tl.int32 if WHOLE else tl.float32)
+    groups_G, at_GP, inside_GP = _columns(0, D, GROUP, PHASE, BLOCK_G, BLOCK_P)
+    w_NGP = tl.load(w_N11 + at_GP[None, :, :], mask=inside_GP[None, :, :], other=0.0)
+    up_w_NGP = w_NGP
+    if FORM == GATED_FORM:
+        up_w_NGP = tl.load(up_N11 + at_GP[None, :, :], mask=inside_GP[None, :, :], other=0.0)
+    wait(PDL)
+    for first in range(0, (PHASE + D + GROUP - 1) // GROUP, BLOCK_G):
+        x_GP = tl.load(x_ptr + at_GP, mask=inside_GP, other=0.0)
+        if STATIC:
+            x_GP = _to_int8(x_GP.to(tl.float32), input_scale, input_offset)
+        next_groups_G, at_GP, inside_GP = _columns(first + BLOCK_G, D, GROUP, PHASE, BLOCK_G, BLOCK_P)
+        next_w_NGP = tl.load(w_N11 + at_GP[None, :, :], mask=inside_GP[None, :, :], other=0.0)
+        sums_NGS = _times_one(sums_NGS, w_NGP, x_GP, groups_G, held_N, scale_ptr, offset_ptr, groups, WHOLE, GROUPED)
+        w_NGP = next_w_NGP
+        if FORM == GATED_FORM:
+            next_up_NGP = tl.load(up_N11 + at_GP[None, :, :], mask=inside_GP[None, :, :], other=0.0)
+            up_sums_NGS = _times_one(
+                up_sums_NGS, up_w_NGP, x_GP, groups_G, held_N + N, scale_ptr, offset_ptr, groups, WHOLE, GROUPED
+            )
+            up_w_NGP = next_up_NGP
+        groups_G = next_groups_G
+    launch_dependents(PDL)
+    total_N1 = tl.sum(tl.sum(sums_NGS, axis=2), axis=1)[:, None]
+    up_N1 = tl.sum(tl.sum(up_sums_NGS, axis=2), axis=1)[:, None] if FORM == GATED_FORM else total_N1
+    of_rows_ptr = None if GROUPED else scale_ptr
+    _finish(
+        total_N1, up_N1, rows_N, tl.arange(0, 1), 1, N, of_rows_ptr, token_scale_ptr, quant_bias_ptr, bias_ptr, out_ptr, 0,
+        FORM,
+    )  # fmt: skip
+
+
+@triton.jit
+def _read(place, inside, EVEN: tl.constexpr):
+    """EVEN: all of it is inside."""
+    return tl.load(place) if EVEN else tl.load(place, mask=inside, other=0.0)
+
+
+@triton.jit
+def _operand(w, dtype: tl.constexpr):
+    """Values of 8 bits as an operand of `dot`. (Triton's interpreter takes bits for numbers where it goes to bfloat16.)"""
+    return w.to(tl.float32) if _INTERPRETED else w.to(dtype)
+
+
+@triton.jit
+def _times_some(
+    total_NT, w_ND, x_DT, x_sums_T, group, rows_N, scale_ptr, offset_ptr, groups, WHOLE: tl.constexpr, GROUPED: tl.constexpr
+):
+    """total + w x for columns of one group. x_sums_T: the sums of x, if there are offsets."""
+    if WHOLE:
+        total_NT = tl.dot(w_ND, x_DT, total_NT, out_dtype=tl.int32)
+    elif GROUPED:
+        part_NT = dot(_operand(w_ND, x_DT.dtype), x_DT, tl.zeros(total_NT.shape, tl.float32))
+        place_N = rows_N.to(tl.int64) * groups + group
+        if offset_ptr is not None:
+            part_NT -= tl.load(offset_ptr + place_N)[:, None] * x_sums_T[None, :]
+        total_NT += part_NT * tl.load(scale_ptr + place_N)[:, None]
+    else:
+        total_NT = dot(_operand(w_ND, x_DT.dtype), x_DT, total_NT)
+    return total_NT
+
+
+@triton.jit(do_not_specialize=["T"])
+def some_tokens(
+    x_ptr, w_ptr, scale_ptr, offset_ptr, token_scale_ptr, quant_bias_ptr, bias_ptr, out_ptr, parts_ptr, arrived_ptr, T, N, D,
+    x_stride, w_stride, out_stride, groups, rounds, WHOLE: tl.constexpr, GROUPED: tl.constexpr, FORM: tl.constexpr,
+    GROUP: tl.constexpr, PHASE: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y of BLOCK_T tokens from rows n (and N + n, GATED) of the weight.
+
+    A group of GROUP columns takes STEPS rounds of BLOCK_D; EVEN: no round has less. With SPLIT programs for the rounds of an
+    output, the last to arrive adds up the `parts` [SPLIT, 2 if GATED, T, N] of all in order. `arrived` is 0 before and after."""
+    tokens_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    rows_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(2)
+    held_N, cols_D = tl.minimum(rows_N, N - 1), tl.arange(0, BLOCK_D)
+    w_N1 = w_ptr + (held_N.to(tl.int64) * w_stride)[:, None]
+    up_N1 = w_ptr + ((held_N + N).to(tl.int64) * w_stride)[:, None]
+    x_1T = x_ptr + (tl.minimum(tokens_T, T - 1).to(tl.int64) * x_stride)[None, :]
+    total_NT = tl.zeros((BLOCK_N, BLOCK_T), tl.int32 if WHOLE else tl.float32)
+    up_NT = tl.zeros((BLOCK_N, BLOCK_T), tl.int32 if WHOLE else tl.float32)
+    x_sums_T = tl.zeros((BLOCK_T,), tl.float32)
+    share = (rounds + SPLIT - 1) // SPLIT
+    wait(PDL)
+    for i in range(split * share, tl.minimum(rounds, split * share + share)):
+        group = i // STEPS
+        within_D = i % STEPS * BLOCK_D + cols_D
+        at_D = group * GROUP - PHASE + within_D
+        inside_D = (at_D < D) & (at_D >= 0) & (within_D < GROUP)
+        x_DT = _read(x_1T + at_D[:, None], inside_D[:, None], EVEN)
+        w_ND = _read(w_N1 + at_D[None, :], inside_D[None, :], EVEN)
+        if offset_ptr is not None:
+            sums_T = tl.sum(x_DT.to(tl.float32), axis=0)
+            x_sums_T = sums_T if GROUPED else x_sums_T + sums_T
+        total_NT = _times_some(total_NT, w_ND, x_DT, x_sums_T, group, held_N, scale_ptr, offset_ptr, groups, WHOLE, GROUPED)
+        if FORM == GATED_FORM:
+            up_ND = _read(up_N1 + at_D[None, :], inside_D[None, :], EVEN)
+            up_NT = _times_some(up_NT, up_ND, x_DT, x_sums_T, group, held_N + N, scale_ptr, offset_ptr, groups, WHOLE, GROUPED)
+    launch_dependents(PDL)
+    if offset_ptr is not None and not GROUPED:
+        total_NT -= tl.load(offset_ptr + held_N)[:, None] * x_sums_T[None, :]
+        if FORM == GATED_FORM:
+            up_NT -= tl.load(offset_ptr + N + held_N)[:, None] * x_sums_T[None, :]
+    last = True
+    if SPLIT > 1:
+        inside_NT = (rows_N[:, None] < N) & (tokens_T[None, :] < T)
+        part_NT = parts_ptr + tokens_T[None, :].to(tl.int64) * N + rows_N[:, None]
+        size = (2 if FORM == GATED_FORM else 1) * T.to(tl.int64) * N
+        tl.store(part_NT + split * size, total_NT, mask=inside_NT)
+        if FORM == GATED_FORM:
+            tl.store(part_NT + split * size + size // 2, up_NT, mask=inside_NT)
+        tl.debug_barrier()
+        place = arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        last = tl.atomic_add(place, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
+        if last:
+            total_NT = tl.zeros((BLOCK_N, BLOCK_T), total_NT.dtype)
+            up_NT = tl.zeros((BLOCK_N, BLOCK_T), up_NT.dtype)
+            for s in range(SPLIT):
+                total_NT += tl.load(part_NT + s * size, mask=inside_NT, other=0, cache_modifier=".cg")
+                if FORM == GATED_FORM:
+                    up_NT += tl.load(part_NT + s * size + size // 2, mask=inside_NT, other=0, cache_modifier=".cg")
+            tl.store(place, 0)
+    of_rows_ptr = None if GROUPED else scale_ptr
+    if last:
+        _finish(
+            total_NT, up_NT, rows_N, tokens_T, T, N, of_rows_ptr, token_scale_ptr, quant_bias_ptr, bias_ptr, out_ptr,
+            out_stride, FORM,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T"])
+def scale_totals(
+    total_ptr, scale_ptr, token_scale_ptr, quant_bias_ptr, bias_ptr, out_ptr, T, N, total_stride, out_stride,
+    FORM: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """What `some_tokens` makes of its sums, of those of another product: [T, N] int32, GATED [T, 2 N]."""
+    tokens_1 = tl.program_id(1) + tl.arange(0, 1)
+    rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_N1 = rows_N[:, None] < N
+    total_N1 = total_ptr + tokens_1[None, :].to(tl.int64) * total_stride + rows_N[:, None]
+    wait(PDL)
+    sums_N1 = tl.load(total_N1, mask=inside_N1, other=0.0)
+    up_N1 = tl.load(total_N1 + N, mask=inside_N1, other=0.0) if FORM == GATED_FORM else sums_N1
+    _finish(
+        sums_N1, up_N1, rows_N, tokens_1, T, N, scale_ptr, token_scale_ptr, quant_bias_ptr, bias_ptr, out_ptr, out_stride, FORM,
+    )  # fmt: skip

@@ -1,0 +1,111 @@
+"""Kernels for CUDA devices: Triton's where reading a weight takes the time or several passes become one, torch's matrix product
+for several tokens. Nothing waits for the device, and nothing depends on values, so that a step can be captured in a CUDA graph.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from collectives.communicator import Communicator
+from qtp.kernels import triton_quantized
+from qtp.kernels.interface import Choose, Cuts, Deferred, Expert, Experts, Head, Norm, Op, RowOp
+from qtp.kernels.torch_kernels import TorchKernels
+from qtp.kernels.triton import routing
+from qtp.kernels.triton.experts import GroupedExperts, takes
+from qtp.kernels.triton.linear import OneToken
+from qtp.kernels.triton.norm import rms_norm, silu_and_mul
+from qtp.kernels.triton.vocabulary import VocabularyHead
+from qtp.weights.quantized import Weight
+
+
+class TritonKernels:
+    """Weights stay where they are: whoever holds an op holds its weights. Sums with cuts are torch's."""
+
+    name = "triton"
+
+    def __init__(self, device: torch.device) -> None:
+        self._torch, self._device = TorchKernels(), device
+
+    def linear(
+        self,
+        weight: Weight,
+        bias: Tensor | None = None,
+        *,
+        norm: Norm | None = None,
+        cuts: Cuts | None = None,
+        across: Communicator | None = None,
+    ) -> Callable[[Tensor], Any]:
+        if not isinstance(weight, Tensor):
+            assert bias is None, "a quantized weight holds its bias itself"
+            return triton_quantized.linear(self, weight, norm=norm, cuts=cuts, across=across)
+        if cuts is not None:
+            return self._torch.linear(weight, bias, norm=norm, cuts=cuts)
+        return _Linear(weight, bias, norm)
+
+    def joining(self, weight: Weight) -> RowOp:
+        if not isinstance(weight, Tensor):
+            return self.linear(weight)
+        op = _Linear(weight, None, None)
+        return lambda x: Deferred(lambda residual: op.added(x, residual))
+
+    def fetching(self, op: Op, weights: Sequence[Weight]) -> Op:
+        floats = [weight for weight in weights if isinstance(weight, Tensor)]
+        if isinstance(op, _Linear) and floats:
+            op.fetching(floats)
+        return op
+
+    def linear_leaves(self, weight: Weight, cuts: Cuts, across: Communicator | None = None) -> Op:
+        if not isinstance(weight, Tensor):
+            return triton_quantized.linear_leaves(self, weight, cuts, across)
+        return self._torch.linear_leaves(weight, cuts, across)
+
+    def gated(self, weight: Weight, *, norm: Norm | None = None) -> Op:
+        if not isinstance(weight, Tensor):
+            return triton_quantized.gated(self, weight, norm=norm)
+        return _Linear(weight, None, norm, gated=True)
+
+    def rms_norm(self, norm: Norm) -> Op:
+        return lambda x: rms_norm(x, norm)
+
+    def choose(self, top_k: int, norm_topk_prob: bool) -> Choose:
+        return routing.choose(top_k, norm_topk_prob)
+
+    def scale(self, gate: Tensor, x: Tensor) -> Tensor:
+        return routing.scale(gate, x)
+
+    def head(self, weight: Weight) -> Head:
+        return VocabularyHead(weight) if isinstance(weight, Tensor) else triton_quantized.QuantizedHead(self, weight)
+
+    def experts(self, experts: Mapping[int, Expert], leaves: Sequence[range] | None = None) -> Experts:
+        if leaves is not None or not takes(experts):
+            return self._torch.experts(experts, leaves)
+        return GroupedExperts(experts, self._device)
+
+
+class _Linear:
+    """y = norm(x) W^T + b, or silu(gate) * up."""
+
+    __slots__ = ("_before", "_bias", "_gated", "_norm", "_one", "_weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, norm: Norm | None, gated: bool = False) -> None:
+        self._weight, self._bias, self._norm, self._gated = weight, bias, norm, gated
+        # before it is divided by its root mean square, x times the norm's weight may be too large for float16
+        fused = norm is not None and norm.bias is None and weight.dtype != torch.float16
+        self._before = None if fused else norm
+        self._one = OneToken(weight, bias, norm if fused else None, gated)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) == 1:
+            return self._one(x if self._before is None else rms_norm(x, self._before))
+        y = F.linear(x if self._norm is None else rms_norm(x, self._norm), self._weight, self._bias)
+        return silu_and_mul(y) if self._gated else y
+
+    def fetching(self, weights: Sequence[Tensor]) -> None:
+        self._one.fetching(weights)
+
+    def added(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + x W^T, in the place of residual; for one without norm, gate and bias."""
+        return self._one(x, residual) if len(x) == 1 else residual.addmm_(x, self._weight.t())

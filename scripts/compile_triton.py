@@ -1,0 +1,101 @@
+"""Compiles what Triton kernels a piece of code launches for a Hopper GPU, on any machine: `python scripts/compile_triton.py`.
+
+The interpreter takes more than the compiler does, so that a kernel may pass all tests on the CPU and be none on a card. Launches
+are caught here: each is compiled to machine code as its arguments would have it, and does nothing. Prints how many there were.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, type_canonicalisation_dict
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+HOPPER = GPUTarget("cuda", 90, 32)
+compiled: set[str] = set()
+
+
+def _type(value: Any, specialize: bool) -> tuple[str, Any]:
+    """A type, and the value where it is known to the compiler."""
+    if value is None or isinstance(value, bool | str) or (specialize and isinstance(value, int) and value == 1):
+        return "constexpr", value
+    if isinstance(value, Tensor):
+        return "*" + type_canonicalisation_dict[str(value.dtype).removeprefix("torch.")], None
+    return ("fp32" if isinstance(value, float) else "i32"), None
+
+
+def _compile(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "launch_pdl") if name in kwargs}
+    values = dict(zip(self.arg_names, args, strict=False)) | kwargs
+    signature, constants, attributes = {}, {}, {}
+    for i, param in enumerate(self.params):
+        value = values[param.name]
+        kind, known = ("constexpr", value) if param.is_constexpr else _type(value, not param.do_not_specialize)
+        signature[param.name] = kind
+        if kind == "constexpr":
+            constants[(i,)] = known
+            continue
+        address = value.data_ptr() if isinstance(value, Tensor) else value
+        if not param.do_not_specialize and isinstance(address, int) and address % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    key = f"{self.fn.__module__}.{self.fn.__name__} {signature} {constants} {attributes} {options}"
+    if key not in compiled:
+        compiled.add(key)
+        try:
+            triton.compile(ASTSource(self, signature, constants, attributes), target=HOPPER, options=options)
+        except Exception as e:
+            raise RuntimeError(f"does not compile: {key}") from e
+
+
+def catch() -> None:
+    """From here on launches are compiled. To be called before the modules that hold kernels are imported."""
+    JITFunction.run = _compile
+    from qtp.kernels.triton import launch
+
+    launch.options = lambda x, warps, stages: {"PDL": True, "launch_pdl": True, "num_warps": warps, "num_stages": stages}
+
+
+def linear_layers() -> None:
+    """Every format, for one, some and many tokens, even and odd shapes."""
+    from qtp.kernels import triton_quantized
+    from qtp.kernels.torch_kernels import TorchKernels
+    from qtp.kernels.triton.vocabulary import VocabularyHead
+    from qtp.weights.quantized import W8A8, W8A8FP8, W8A16, W8A8Dynamic
+
+    torch_kernels = TorchKernels()
+    for rows, columns in ((64, 512), (30, 391)):
+        w, ones = torch.zeros(rows, columns, dtype=torch.int8), torch.ones(rows)
+        bias = torch.zeros(rows, dtype=torch.bfloat16)
+        made: list[Any] = [
+            W8A8(w, 0.5, 3.0, torch.zeros(rows, dtype=torch.int32), ones),
+            W8A8Dynamic(w, ones, bias),
+            W8A8FP8(w.view(torch.float8_e4m3fn), ones, bias),
+            W8A16(w, ones[:, None], ones[:, None], bias, 0, 0),
+            *(
+                W8A16(w, *[ones[:, None].repeat(1, -(-(p + columns) // g))] * 2, None, g, p)
+                for g, p in ((128, 0), (32, 0), (64, 9))
+            ),
+        ]
+        for weight in made:
+            ops = triton_quantized.linear(torch_kernels, weight), triton_quantized.gated(torch_kernels, weight)
+            for tokens in (1, 2, 33, 64, 200):
+                for op in ops:
+                    op(torch.zeros(tokens, columns, dtype=torch.bfloat16))
+            triton_quantized.wide(torch_kernels, weight)(torch.zeros(3, columns, dtype=torch.float16))
+        for dtype in (torch.bfloat16, torch.float32):
+            head = VocabularyHead(w.to(dtype))
+            for tokens in (1, 2, 200):
+                x = torch.zeros(tokens, columns, dtype=dtype)
+                head.logits(x), head.best(x, 1, rows), head.best(x, 2, rows)
+
+
+if __name__ == "__main__":
+    catch()
+    linear_layers()
+    print(len(compiled))

@@ -1,0 +1,61 @@
+"""To be imported before triton: kernels run on a CUDA device if there is one, and else in Triton's interpreter, on the CPU."""
+
+import os
+from threading import RLock
+from typing import Any
+
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np  # noqa: E402
+import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+_FLOATS = {
+    tl.float32: torch.float32,
+    tl.bfloat16: torch.bfloat16,
+    tl.float16: torch.float16,
+    tl.float8e4nv: torch.float8_e4m3fn,
+}
+_convert = interpreter._convert_float
+
+
+def _rounded(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+    """As a GPU converts floats: to the nearest, half to even. Triton 3.6's interpreter cuts off, and loses carries."""
+    if source not in _FLOATS or target not in _FLOATS:
+        return _convert(data, source, target, rounding)
+    bits = torch.from_numpy(np.ascontiguousarray(data).reshape(-1).view(f"int{source.primitive_bitwidth}"))
+    floats = bits.view(_FLOATS[source]).to(torch.float32)
+    if target == tl.float8e4nv:
+        floats = floats.clamp(-448.0, 448.0)  # cvt.satfinite
+    there = floats.to(_FLOATS[target]).view(getattr(torch, f"int{target.primitive_bitwidth}"))
+    return there.numpy().view(f"uint{target.primitive_bitwidth}").reshape(np.shape(data))
+
+
+interpreter._convert_float = _rounded
+
+_run, _patch, _one_at_a_time = interpreter.GridExecutor.__call__, interpreter._patch_lang, RLock()
+_patched: dict[int, Any] = {}
+
+
+def _alone(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Ranks that are threads take turns: the interpreter holds the place in the grid in one place for all."""
+    with _one_at_a_time:
+        try:
+            _run(self, *args, **kwargs)
+        finally:
+            _patched.clear()
+
+
+def _patch_once(fn: Any) -> Any:
+    """Once a kernel and module. Each call of a function within it would do the same anew, which takes a quarter of the time."""
+    module = id(fn.__globals__)
+    if module not in _patched:
+        _patched[module] = _patch(fn)
+    return _patched[module]
+
+
+interpreter.GridExecutor.__call__, interpreter._patch_lang = _alone, _patch_once
