@@ -5,8 +5,7 @@ to be one allocation, which torch's allocator does not promise.
 """
 
 import ctypes
-from collections.abc import MutableSequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -15,7 +14,7 @@ _UNIT = 2 << 20  # less would lie in a block with what else the process holds, a
 _PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 _EVERYWHERE = 3  # CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP
 
-Words = MutableSequence[int]
+Words: TypeAlias = "ctypes.Array[ctypes.c_int32]"
 
 
 class DriverError(RuntimeError):
@@ -81,7 +80,7 @@ class CudaDriver:
         return seen.value, words
 
     def free_words(self, words: Words) -> None:
-        self._call("cuMemFreeHost", ctypes.c_void_p(ctypes.addressof(words)))  # type: ignore[arg-type]
+        self._call("cuMemFreeHost", ctypes.c_void_p(ctypes.addressof(words)))
 
     def synchronize(self) -> None:
         """Returns when the device has done all that this process gave it to do."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from collectives import torch_group
 from collectives.communicator import CollectiveError, Communicator
 from collectives.cuda_driver import CudaDriver
-from collectives.cuda_segment import PROGRAM_BYTES, connect
+from collectives.cuda_segment import connect
 from collectives.rendezvous import Rendezvous
 from collectives.wrapped import Wrapped
 
@@ -25,8 +25,8 @@ _ALIGNED = 16
 
 class CudaIpc(Wrapped):
     """Sums tensors of SUMMED dtypes up to `limit` bytes by itself, half precision in float32, in the order of the ranks: the bits
-    are those of `loopback`, the same on every rank. `inner`, which belongs to this one from now on, does the rest: NCCL where each
-    rank has a card of its own, else `Staged`. Ranks that share a card take turns on it, which is right and slow.
+    are those of `loopback`, the same on every rank. `inner`, which belongs to this one from now on, does the rest: NCCL where
+    each rank has a card of its own, else `Staged`. Ranks that share a card take turns on it, which is right and slow.
 
     Nothing here waits for the device, so these sums can be part of a CUDA graph, and what goes wrong is seen later: a kernel
     that has waited for a peer for `timeout` seconds gives up, its sum is of no use, and the next operation here, or `close`,
@@ -57,40 +57,25 @@ class CudaIpc(Wrapped):
 
     def abort(self) -> None:
         self._ended = self._ended or "was aborted"
-        if self._segment is not None:
-            self._segment.abort()
+        segment = self._segment
+        if segment is not None:
+            segment.abort()
         self.inner.abort()
 
     def close(self) -> None:
         """Waits for the device. CollectiveError, once all is released, if a peer was waited for in vain and nobody knows yet."""
-        segment, self._segment = self._segment, None
-        late = -1 if segment is None else segment.release()
+        late = -1 if self._segment is None else self._segment.release()  # an abort still reaches what it waits for
+        self._segment = None
         self.inner.close()
         aborted, self._ended = self._ended == "was aborted", self._ended or "is closed"
         if late >= 0 and not aborted and not self._told:
             raise self._late(late)
 
     def _sum(self, x: Tensor) -> None:
-        from collectives.cuda_ipc_kernel import WARPS, one_step
+        from collectives.cuda_ipc_kernel import launch
 
         assert self._segment is not None
-        segment, block = self._segment, PROGRAM_BYTES // x.element_size()
-        layout = segment.layout
-        one_step[(-(-x.numel() // block),)](
-            x,
-            segment.address,
-            segment.words_address,
-            x.numel(),
-            int(self._timeout * 1e9),
-            RANK=self.rank,
-            SIZE=self.size,
-            BLOCK_B=block,
-            PROGRAMS=layout.programs,
-            TURNS=layout.turns,
-            FLAGS=layout.flags,
-            SLOTS=layout.slots,
-            num_warps=WARPS,
-        )
+        launch(x, self._segment, self.rank, self.size, self._timeout)
 
     def _check(self) -> None:
         if self._ended:
@@ -117,7 +102,7 @@ def create(rendezvous: Rendezvous, device: torch.device) -> Communicator:
     """All ranks of `rendezvous`, which must be on this host. NCCL is the inner communicator, or gloo through host memory if two
     of them have the same card. The caller has made `device` the current one."""
     if device.type != "cuda":
-        raise ValueError(f"communicator 'cuda_ipc' works on cuda, not on device {device.type}; choose auto")
+        raise ValueError(f"communicator 'cuda_ipc' works on cuda, not on device {device.type}; choose shm or gloo")
     if find_spec("triton") is None:
         raise ValueError("communicator 'cuda_ipc': the package triton is not installed; pip install triton, or choose nccl")
     if rendezvous.local_size < rendezvous.size:

@@ -14,15 +14,15 @@ room on the device at once.
 
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import globaltimer
 
-from collectives.cuda_segment import ABORT, LATE, PROGRAM_BYTES, TABLE
+from collectives.cuda_segment import ABORT, LATE, PROGRAM_BYTES, TABLE, Segment
 
-WARPS = 8  # 16 bytes a thread
+_WARPS = 8  # 16 bytes a thread
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _PART, _TABLE = tl.constexpr(PROGRAM_BYTES), tl.constexpr(TABLE)
 _ABORT, _LATE = tl.constexpr(4 * ABORT), tl.constexpr(4 * LATE)
-_PATIENCE = tl.constexpr(256)  # polls of a flag between two looks at the clock and at the host's memory
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def _wait(flag, turn, segment, words, timeout, PEER: tl.constexpr):
             polls += 1
             if _read(flag) == turn:
                 waits = 0
-            elif polls % _PATIENCE == 0:
+            elif (polls & 255) == 0:  # a look at the host's memory takes as long as many at the flag
                 late = _clock(polls) - begin > timeout
                 if late:
                     _tell(words + _LATE, PEER + 1)
@@ -133,8 +133,8 @@ def one_step(
     TURNS: tl.constexpr,
     FLAGS: tl.constexpr,
     SLOTS: tl.constexpr,
-    WRITES: tl.constexpr = True,
-    SUMS: tl.constexpr = True,
+    WRITES: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     """x [n] becomes the sum over all ranks. segment: this rank's; words: the host's; both as addresses. BLOCK_B: PROGRAM_BYTES in
     elements; a program for each, begun. WRITES, SUMS: the two steps, which tests take one by one."""
@@ -175,3 +175,26 @@ def one_step(
                 sum_B += part_B
         tl.store(x_ptr + at_B, sum_B.to(x_ptr.dtype.element_ty), mask=inside_B)
         tl.store(turn_ptr, turn)
+
+
+def launch(x: Tensor, segment: Segment, rank: int, size: int, timeout: float, *, writes: bool = True, sums: bool = True) -> None:
+    """x, contiguous, of an aligned address and no larger than the segment was made for, becomes the sum over all ranks. timeout:
+    seconds to wait for another one. writes, sums: whether to take each of the two steps."""
+    block, layout = PROGRAM_BYTES // x.element_size(), segment.layout
+    one_step[(triton.cdiv(x.numel(), block),)](
+        x,
+        segment.address,
+        segment.words_address,
+        x.numel(),
+        int(timeout * 1e9),
+        RANK=rank,
+        SIZE=size,
+        BLOCK_B=block,
+        PROGRAMS=layout.programs,
+        TURNS=layout.turns,
+        FLAGS=layout.flags,
+        SLOTS=layout.slots,
+        WRITES=writes,
+        SUMS=sums,
+        num_warps=_WARPS,
+    )

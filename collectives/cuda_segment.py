@@ -8,7 +8,7 @@ import json
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 from collectives.communicator import Communicator
@@ -114,24 +114,17 @@ def connect(inner: Communicator, limit: int, driver: CudaDriver | None) -> Segme
     """Segments of all ranks of `inner`, each open to all. ValueError on every rank, with all released, if one has trouble."""
     tell = exchange_over(inner)
     segment: Segment | None = None
-    machine = machine_identity()
+    card = _Card(machine=machine_identity())
     try:
         try:
             segment = Segment(driver or CudaDriver(inner.device), inner.size, limit)
-            card = _Card(machine=machine, handle=segment.handle.hex())
+            card = replace(card, handle=segment.handle.hex())
         except DriverError as error:
-            card = _Card(machine=machine, trouble=str(error))
+            card = replace(card, trouble=str(error))
         cards = [_Card(**json.loads(blob)) for blob in tell(json.dumps(asdict(card)).encode())]
         trouble = card.trouble
         if segment is not None and not any(other.trouble for other in cards):
-            far = next((rank for rank, other in enumerate(cards) if other.machine != machine), None)
-            if far is None:
-                try:
-                    segment.open([bytes.fromhex(other.handle) for other in cards], inner.rank)
-                except DriverError as error:
-                    trouble = str(error)
-            else:
-                trouble = f"it is not on the host of rank {far} (or in another container)"
+            trouble = _opened(segment, cards, inner.rank)
         for rank, told in enumerate(tell(trouble.encode())):
             if told:
                 raise ValueError(f"communicator 'cuda_ipc': rank {rank}: {told.decode()}; {_WAY_OUT}")
@@ -141,3 +134,15 @@ def connect(inner: Communicator, limit: int, driver: CudaDriver | None) -> Segme
         if segment is not None:
             segment.release()
         raise
+
+
+def _opened(segment: Segment, cards: Sequence[_Card], rank: int) -> str:
+    """Why the memory of `cards` cannot be had; "" if it now can."""
+    far = next((other for other, card in enumerate(cards) if card.machine != cards[rank].machine), None)
+    if far is not None:
+        return f"it is not on the host of rank {far} (or in another container)"
+    try:
+        segment.open([bytes.fromhex(card.handle) for card in cards], rank)
+    except DriverError as error:
+        return str(error)
+    return ""

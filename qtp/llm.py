@@ -106,6 +106,7 @@ class LLM:
             max_model_len=config.max_model_len,
             eos_ids=tuple(dict.fromkeys((*model.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())))),
             decoder=tokenizer,
+            ahead=self.ranks.ahead,
         )
 
     def generate(

@@ -117,6 +117,8 @@ def resolve(
             f"communicator {communicator!r} works on cpu, not on device {device}; choose auto, or gloo, which goes through host "
             "memory"
         )
+    if device != "cuda" and communicator == "cuda_ipc":
+        raise ValueError(f"communicator 'cuda_ipc' works on cuda, not on device {device}; choose auto")
     config = replace(
         config, dtype=dtype, device=device, communicator=communicator, max_model_len=length, kernels=_kernels(config, device)
     )

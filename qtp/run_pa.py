@@ -73,7 +73,9 @@ def parser() -> argparse.ArgumentParser:
     ranks.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16")
     ranks.add_argument("--device", default="auto", help="auto, cpu, cuda, npu")
     ranks.add_argument(
-        "--communicator", default="auto", help="auto, solo, shm, gloo, mpi, hierarchical, hierarchical+mpi, nccl, hccl, loopback"
+        "--communicator",
+        default="auto",
+        help="auto, solo, shm, gloo, mpi, hierarchical, hierarchical+mpi, nccl, cuda_ipc, hccl, loopback",
     )
     ranks.add_argument("--threads", type=int, help="of each rank; default: its share of the cores")
     ranks.add_argument("--bind_cpu", type=boolean, default=True, metavar="0|1", help="pin each rank to its share of the cores")

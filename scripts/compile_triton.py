@@ -6,6 +6,7 @@ are caught here: each is compiled to machine code as its arguments would have it
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ def _type(value: Any, specialize: bool) -> tuple[str, Any]:
         return "constexpr", value
     if isinstance(value, Tensor):
         return "*" + type_canonicalisation_dict[str(value.dtype).removeprefix("torch.")], None
-    return ("fp32" if isinstance(value, float) else "i32"), None
+    if isinstance(value, float):
+        return "fp32", None
+    return ("i32" if abs(value) < 2**31 else "i64"), None
 
 
 def _compile(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -95,7 +98,70 @@ def linear_layers() -> None:
                 head.logits(x), head.best(x, 1, rows), head.best(x, 2, rows)
 
 
+def sums_between_cards() -> None:
+    """Every dtype, for a few ranks, even and odd lengths."""
+    from collectives.cuda_ipc import LIMIT, SUMMED
+    from collectives.cuda_ipc_kernel import launch
+    from collectives.cuda_segment import Layout
+
+    for size in (2, 3, 8):
+        segment: Any = SimpleNamespace(address=1 << 40, words_address=1 << 41, layout=Layout.of(size, LIMIT))
+        for dtype in SUMMED:
+            for n in (1, 77, 4096):
+                launch(torch.zeros(n, dtype=dtype), segment, size - 1, size, 300.0)
+
+
+def float_layers() -> None:
+    """For one token and several, with norm, bias and gate, alone and joining the residual stream."""
+    from qtp.kernels.interface import Norm
+    from qtp.kernels.triton.linear import OneToken
+    from qtp.kernels.triton.norm import rms_norm, silu_and_mul
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for rows, columns in ((64, 512), (2, 391), (20000, 896), (896, 4864)):
+            weight, bias = torch.zeros(rows, columns, dtype=dtype), torch.zeros(rows, dtype=dtype)
+            norm, x = Norm(weight[0], 1e-6), torch.zeros(1, columns, dtype=dtype)
+            OneToken(weight, bias, norm, False)(x)
+            OneToken(weight, None, norm, True)(x), OneToken(weight, None, None, True)(x)
+            down = OneToken(weight, None, None, False)
+            down(x, torch.zeros(1, rows, dtype=dtype))
+            for b in (None, weight[0]):
+                rms_norm(torch.zeros(3, columns, dtype=dtype), Norm(weight[0], 1e-6, b))
+            silu_and_mul(torch.zeros(3, 2 * columns, dtype=dtype))
+
+
+def attention() -> None:
+    """A step of decoding sequences and one of a chunk, for caches in floats and in int8, windows, few sequences and many."""
+    from qtp.attention.triton_backend import TritonAttention
+    from qtp.batch import make_batch
+    from qtp.kv.cache import KVCache, KVScales
+
+    host = torch.device("cpu")
+    for head_dim, dtype, cached in (
+        (64, torch.bfloat16, "floats"),
+        (128, torch.bfloat16, "floats"),
+        (64, torch.bfloat16, "int8"),
+        (128, torch.bfloat16, "int8"),
+        (128, torch.bfloat16, "int8, queries too"),
+        (128, torch.float16, "floats"),
+        (80, torch.float32, "floats"),
+    ):
+        k, q = torch.ones(1, 2, head_dim), torch.ones(1, 10) if "queries" in cached else None
+        scales = KVScales(key_scale=k, key_offset=k, value_scale=k, value_offset=k, query_scale=q, query_offset=q)
+        cache = KVCache(1, 400, 16, 2, head_dim, dtype, host, None if cached == "floats" else scales)
+        backend = TritonAttention(cache, (0,) * 7 + (1,) * 3, host)
+        for parts in ([((1,), 40, (0, 1, 2))], [((1,), 3, (i,)) for i in range(200)], [((1,) * 9, 3, (0,))]):
+            batch = make_batch([(tuple(ids), start, table) for ids, start, table in parts], 16, host)
+            tokens = len(batch.token_ids_T)
+            plan = backend.plan(batch, *torch.ones(2, tokens, head_dim // 2))
+            for window in (None, 7):
+                backend.run(plan, 0, torch.zeros(tokens, 14, head_dim, dtype=dtype), window)
+
+
 if __name__ == "__main__":
     catch()
     linear_layers()
+    float_layers()
+    attention()
+    sums_between_cards()
     print(len(compiled))

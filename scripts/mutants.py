@@ -32,6 +32,8 @@ QUANTIZED_TESTS = ("tests/unit/test_quantized_kernels.py",)
 FP8_TESTS = ("tests/unit/test_fp8.py",)
 TRITON_EXPERT_TESTS = ("tests/unit/test_triton_experts.py",)
 TRITON_QUANTIZED_TESTS = "tests/unit/test_triton_quantized.py::test_{}"
+TRITON_ATTENTION_TESTS = "tests/unit/test_triton_attention.py::test_{}"
+TRITON_LINEAR_TESTS = "tests/unit/test_triton_linear.py::test_{}"
 ATTENTION_TESTS = ("tests/unit/test_native_attention.py",)
 INT8_TESTS = ("tests/unit/test_int8_attention.py",)
 SPARSE_TESTS = ("tests/unit/test_sparse_kernels.py",)
@@ -76,6 +78,8 @@ QWEN2, MOE_MODEL, MOE = "qtp/models/qwen2.py", "qtp/models/qwen2_moe.py", "qtp/l
 SPLIT, BATCH, EMBED = "qtp/layout/split.py", "qtp/batch.py", "qtp/layers/embedding.py"
 CODEC = "qtp/weights/codec.py"
 TRITON_EXPERTS, TRITON_QUANTIZED = "qtp/kernels/triton/expert_kernels.py", "qtp/kernels/triton/quantized_kernels.py"
+TRITON_ATTENTION, TRITON_LINEAR = "qtp/kernels/triton/attention.py", "qtp/kernels/triton/linear.py"
+CUDA_IPC, CUDA_IPC_TESTS = "collectives/cuda_ipc_kernel.py", "tests/conformance/test_cuda_ipc.py::test_{}"
 SAMPLING, ATTENTION, SCHEDULER = "qtp/worker/sampling.py", "qtp/attention/torch_backend.py", "qtp/engine/scheduler.py"
 ENGINE, ROPE, LOADER = "qtp/engine/engine.py", "qtp/layers/rope.py", "qtp/weights/loader.py"
 TREE, FORMATS = "collectives/tree.py", "qtp/weights/formats/"
@@ -85,14 +89,14 @@ RESHARD, FOLDER = ("tests/unit/test_reshard.py",), ("tests/unit/test_reshard_fol
 ISAS = native.isas() if native is not None else ()
 
 MUTANTS = (
-    mutant("the reduce after attention dropped", QWEN2, "self.reduce(self.attention(x_TD, plan))",
-           "self.attention(x_TD, plan)"),
-    mutant("the reduce after the feed-forward dropped", QWEN2, "self.reduce(self.feed_forward(x_TD))",
-           "self.feed_forward(x_TD)"),
-    mutant("the reduce after the feed-forward doubled", QWEN2, "self.reduce(self.feed_forward(x_TD))",
-           "self.reduce(self.reduce(self.feed_forward(x_TD)))"),
-    mutant("the reduce after attention doubled", QWEN2, "self.reduce(self.attention(x_TD, plan))",
-           "self.reduce(self.reduce(self.attention(x_TD, plan)))"),
+    mutant("the reduce after attention dropped", QWEN2, "self._join(x_TD, self.attention(x_TD, plan))",
+           "x_TD.add_(self.attention(x_TD, plan))"),
+    mutant("the reduce after the feed-forward dropped", QWEN2, "self._join(x_TD, self.feed_forward(x_TD))",
+           "x_TD.add_(self.feed_forward(x_TD))"),
+    mutant("the reduce after the feed-forward doubled", QWEN2, "self._join(x_TD, self.feed_forward(x_TD))",
+           "self._join(x_TD, self.reduce(self.feed_forward(x_TD)))"),
+    mutant("the reduce after attention doubled", QWEN2, "self._join(x_TD, self.attention(x_TD, plan))",
+           "self._join(x_TD, self.reduce(self.attention(x_TD, plan)))"),
     Mutant("the shared expert reduced apart, then again with the routed ones", (
         Change(MOE_MODEL, 'moe(config.moe, shard, place, f"layers.{i}.moe", post_norm)', '_apart(moe(config.moe, shard, place, f"layers.{i}.moe", post_norm), place)'),
         Change(MOE_MODEL, "def moe(", "def _apart(moe, place):\n    shared = moe.shared\n"
@@ -148,6 +152,20 @@ MUTANTS = (
            "inputs_[(r + n - me) % n] = r == me ? x : of(int(r));", SHM),
     mutant("shared memory: a dead peer is not looked for", NATIVE + "group.cpp", "ended(watched_[r], pids_[r]);", "false;",
            ("tests/conformance/test_processes.py::test_a_killed_peer_ends_the_wait[shm]",)),
+    mutant("a sum does not wait for its peers", CUDA_IPC, "_wait(segment + flag + r * 4, turn, segment, words, timeout, r)", "pass",
+           (CUDA_IPC_TESTS.format("a_peer_that_does_not_come_is_named_and_nobody_waits_for_it_again"),)),
+    mutant("any turn's flag will do", CUDA_IPC, "if _read(flag) != turn:", "if _read(flag) == 0:",
+           (CUDA_IPC_TESTS.format("a_peer_that_does_not_come_is_named_and_nobody_waits_for_it_again"),)),
+    mutant("all turns are written to one half", CUDA_IPC, "half = turn & 1", "half = turn & 0", (CUDA_IPC_TESTS.format("a_rank_may_be_one_turn_ahead"),)),
+    mutant("a program takes the turn again", CUDA_IPC, "tl.store(turn_ptr, turn)", "pass", (CUDA_IPC_TESTS.format("a_rank_may_be_one_turn_ahead"),)),
+    Mutant("cards add in the order from the last to the first", (
+        Change(CUDA_IPC, "for r in tl.static_range(SIZE):\n            if r == RANK:", "for r in tl.static_range(SIZE - 1, -1, -1):\n            if r == RANK:"),
+        Change(CUDA_IPC, "if r == 0:", "if r == SIZE - 1:"),
+    ), (CUDA_IPC_TESTS.format("sums_are_taken_in_the_order_of_the_ranks"),)),
+    mutant("parts of a tensor lie where those of another dtype did not", CUDA_IPC, "block, layout = PROGRAM_BYTES // x.element_size(),",
+           "block, layout = PROGRAM_BYTES // 4,", (CUDA_IPC_TESTS.format("parts_of_a_slot_belong_to_one_program"),)),
+    mutant("a closed communicator forgets that a peer did not come", "collectives/cuda_ipc.py", "if late >= 0 and not aborted", "if False and not aborted",
+           (CUDA_IPC_TESTS.format("a_peer_that_does_not_come_is_named_and_nobody_waits_for_it_again"),)),
     mutant("hosts do not add each other's sums", HIERARCHICAL, "self._leaders.all_reduce(dense)", "pass",
            (PROCESSES.format("hierarchical/0112-plain-4-all_reduce"),)),
     mutant("halves travel between hosts as halves", HIERARCHICAL, "x.to(wide, memory", "x.to(x.dtype, memory",
@@ -287,6 +305,31 @@ MUTANTS = (
            "tl.load(inputs_ptr), tl.load(inputs_ptr + 1)", TRITON_EXPERT_TESTS),
     mutant("a token goes to its best expert K times, in Triton", "qtp/kernels/triton/routing.py", 'left_E = tl.where(at_E == best, float("-inf"), left_E)',
            "pass", TRITON_EXPERT_TESTS),
+    mutant("parts of a context are added without their maxima, in Triton", TRITON_ATTENTION, "tl.exp2(most_P - tl.max(most_P, axis=0))",
+           "tl.exp2(most_P - most_P)", (TRITON_ATTENTION_TESTS.format("any_number_of_parts"),)),
+    mutant("parts of a context in which there is nothing are added, in Triton", TRITON_ATTENTION, "((at_P < splits) & (oldest + at_P * share < before))",
+           "(at_P < splits)", (TRITON_ATTENTION_TESTS.format("any_number_of_parts"),)),
+    mutant("a decoding token does not see itself, in Triton", TRITON_ATTENTION, "            sum_G += 1.0\n", "            most_G += float('-inf')\n",
+           (TRITON_ATTENTION_TESTS.format("it_is_attention"),)),
+    mutant("a new token's key and value go to the slot before, in Triton", TRITON_ATTENTION, "slot = new_block * block_size + before % block_size",
+           "slot = new_block * block_size + tl.maximum(before % block_size - 1, 0)", (TRITON_ATTENTION_TESTS.format("it_is_attention"),)),
+    mutant("a sliding window one token too long in decode, in Triton", TRITON_ATTENTION, "begin = oldest + split * share", "begin = tl.maximum(oldest - 1, 0) + split * share",
+           (TRITON_ATTENTION_TESTS.format("windows"),)),
+    mutant("a sliding window one token too long in prefill, in Triton", TRITON_ATTENTION, "(at[None, :] > position_M[:, None] - window)",
+           "(at[None, :] >= position_M[:, None] - window)", (TRITON_ATTENTION_TESTS.format("windows"),)),
+    mutant("offsets of int8 values are left in, in Triton", TRITON_ATTENTION, "            o1_GE -= sum_G[:, None] *", "            o1_GE -= 0.0 *",
+           (TRITON_ATTENTION_TESTS.format("int8"),)),
+    mutant("idle rows of a bucket write to the cache, in Triton", TRITON_ATTENTION, "if (before >= 0) & ((split == 0) | (begin < before)):",
+           "if (split == 0) | (begin < before):", (TRITON_ATTENTION_TESTS.format("idle_rows_of_a_bucket"),)),
+    mutant("a norm without its eps, in Triton", TRITON_LINEAR, "/ D + eps)", "/ D)", (TRITON_LINEAR_TESTS.format("one_token"),)),
+    mutant("up is not divided by the root mean square, in Triton", TRITON_LINEAR, "            up_N /= rms\n", "            pass\n",
+           (TRITON_LINEAR_TESTS.format("one_token"),)),
+    mutant("up begins one row late, in Triton", TRITON_LINEAR, "(held_N + N)[:, None]", "tl.minimum(held_N + N + 1, 2 * N - 1)[:, None]",
+           (TRITON_LINEAR_TESTS.format("one_token"),)),
+    mutant("what joins the residual stream replaces it, in Triton", TRITON_LINEAR, "y_N += tl.load(add_ptr + rows_N, mask=inside_N, other=0.0).to(tl.float32)",
+           "pass", (TRITON_LINEAR_TESTS.format("joining_is_the_residual_and_the_linear_layer"),)),
+    mutant("dummy weights of a rank are those of every rank", "qtp/weights/dummy.py", "manual_seed(rank)", "manual_seed(0)",
+           ("tests/unit/test_dummy.py::test_every_tensor_of_a_rank",)),
     mutant("a leaf's first group is its neighbour's", TORCH_QUANTIZED, "first, last = (weight.phase + start) // weight.group,",
            "first, last = (weight.phase + start + 1) // weight.group,", QUANTIZED_TESTS),
     mutant("quantized weights take the original norm", NATIVE_QUANTIZED, "            norm = norm.anti\n", "            pass\n", QUANTIZED_TESTS),

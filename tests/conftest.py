@@ -22,8 +22,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption("--device")
-    if device == "cpu" and llm._has_nvidia_driver():
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that auto chooses the CPU, here and in processes that tests start
+    if device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # see triton_helper; transformers imports triton too
+        if llm._has_nvidia_driver():
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that auto chooses the CPU, here and in processes that tests start
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no CUDA device; leave the option out")
     device_helper.choose(device)

@@ -48,6 +48,7 @@ LEFT_OUT = {
             *("ray", "run_pa", "several_hosts", "signals"),
         )
     },
+    "tests/conformance/test_cuda_ipc.py": "takes the steps of a kernel one by one, in Triton's interpreter",
     "tests/golden/test_quantize_demo.py": COMMANDS,
     "tests/loopback/test_streams.py": COMMANDS,
     "tests/loopback/test_deterministic.py": LEAVES,
@@ -66,14 +67,17 @@ LEFT_OUT = {
 # What runs on the card; the rest of the tests does the same with either choice.
 ON_DEVICE = (
     "tests/loopback/test_batching.py",
+    "tests/loopback/test_graphs.py",
     "tests/loopback/test_logprobs.py",
     "tests/loopback/test_parity.py",
     "tests/loopback/test_quantized.py",
     "tests/loopback/test_reduces.py",
     "tests/loopback/test_refused_shapes.py",
     "tests/loopback/test_sampling.py",
+    "tests/loopback/test_triton.py",
     "tests/loopback/test_wire_replay.py",
     "tests/processes/test_parity_processes.py",
+    *(f"tests/unit/test_triton_{name}.py" for name in ("attention", "experts", "linear", "quantized", "vocabulary")),
 )
 
 

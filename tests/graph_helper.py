@@ -1,13 +1,14 @@
 """CUDA graphs for tests: the real ones on a card, and a stand-in on the CPU that holds to their rules.
 
-The stand-in notes what torch's operations and kernels in Triton's interpreter work on while it captures. A replay does the same to
-the same memory: numbers that the host had then stay as they were. What waits for the device cannot be captured.
+The stand-in notes what torch's operations and kernels in Triton's interpreter work on while it captures. A replay does the same
+to the same memory: numbers that the host had then stay as they were. What waits for the device cannot be captured.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import RLock
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -89,13 +90,11 @@ def stand_in(patch: pytest.MonkeyPatch) -> list[StandIn]:
             yield
         captured.append(cuda_graph)
 
-    zeros, empty = torch.zeros, torch.empty
     patch.setattr(torch.cuda, "CUDAGraph", StandIn)
     patch.setattr(torch.cuda, "graph", graph)
     patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     patch.setattr(torch.cuda, "synchronize", lambda *args: None)
-    for name, make in (("zeros", zeros), ("empty", empty)):
-        patch.setattr(torch, name, lambda *shape, pin_memory=False, _make=make, **kwargs: _make(*shape, **kwargs))
+    patch.setattr(torch.cuda, "Event", Mock)
     return captured
 
 

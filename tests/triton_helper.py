@@ -1,9 +1,12 @@
 """To be imported before triton: kernels run on a CUDA device if there is one, and else in Triton's interpreter, on the CPU."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import RLock
 from typing import Any
 
+import pytest
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,3 +62,25 @@ def _patch_once(fn: Any) -> Any:
 
 
 interpreter.GridExecutor.__call__, interpreter._patch_lang = _alone, _patch_once
+
+
+@contextmanager
+def poison() -> Iterator[None]:
+    """Meanwhile memory that nobody wrote is NaN, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # on a card cuBLAS would ask for a setting of its own
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def few_programs(patch: pytest.MonkeyPatch) -> None:
+    """Kernels for one token in larger pieces: each program takes milliseconds in the interpreter."""
+    from qtp.attention import triton_backend
+    from qtp.kernels.triton import linear, quantized
+
+    patch.setattr(triton_backend, "_PROGRAMS", 6)
+    patch.setattr(linear, "_blocks", lambda rows, columns, gated: (16, 64, 4))
+    patch.setattr(quantized, "_LEAST", 1)

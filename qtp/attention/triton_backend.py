@@ -22,8 +22,8 @@ from qtp.kernels.triton.launch import options
 from qtp.kv.cache import KVCache
 
 _KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_ROWS, _DECODE_TILE, _PREFILL_TILE = 128, 128, 64
-_LEAST = 256  # tokens of a part: it takes about as long to add up more parts
+_ROWS, _PREFILL_TILE = 128, 64
+_DECODE_TILE, _SPLIT_TILE = 128, 64  # tokens at a time: many sequences, and parts of few
 _PROGRAMS = 2 * 132  # that decoding should fill: two for each multiprocessor of an H100
 _MOST_SPLITS = 64
 
@@ -59,13 +59,13 @@ class TritonAttention:
         shape: dict[str, Any] = {"HEAD_DIM": self.head_dim, "DTYPE": kind, "INT8": scales is not None}
         query = {"QUERY_INT8": scales is not None and scales.query_scale is not None}
         group = max(16, triton.next_power_of_2(max(groups)))
-        self._decode: dict[str, Any] = {**shape, **query, "HALF": half, "GROUP": group, "TILE": _DECODE_TILE, "LEAST": _LEAST}
+        self._decode: dict[str, Any] = {**shape, **query, "HALF": half, "GROUP": group}
         self._turn: dict[str, Any] = {**shape, **query, "HALF": half}
         # float32 needs twice the shared memory
         self._rows, tile = (_ROWS // 4, _PREFILL_TILE // 2) if full else (_ROWS, _PREFILL_TILE)
         self._prefill: dict[str, Any] = {**shape, "WIDTH": 2 * half, "ROWS": self._rows, "TILE": tile}
         self._scale = log2(e) / self.head_dim**0.5
-        self._counts = torch.zeros(_PROGRAMS, dtype=torch.int32, device=device)  # of split sequences there are fewer
+        self._merge: dict[str, Any] = {"HEAD_DIM": self.head_dim, "HALF": half}
 
     def plan(self, batch: Batch, cos: Tensor, sin: Tensor) -> _Plan:
         tables = batch.on_device or on_device(batch, self.device)
@@ -104,22 +104,10 @@ class TritonAttention:
             sums = torch.empty(decodes, self.heads, splits, 2 * half, dtype=torch.float32, device=self.device)
             stats = torch.empty(decodes, self.heads, splits, 2, dtype=torch.float32, device=self.device)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        flags: dict[str, Any] = {"WINDOW": window is not None}
+        wide = not split and self.cache.dtype != torch.float32  # which needs twice the shared memory
+        flags: dict[str, Any] = {"TILE": _DECODE_TILE if wide else _SPLIT_TILE, "WINDOW": window is not None}
         attention.decode[(decodes, self.kv_heads, splits)](
-            *(
-                qkv_THd,
-                keys,
-                values,
-                out_THd,
-                sums,
-                stats,
-                self._counts,
-                tables.lens_S,
-                tables.starts_S,
-                tables.blocks,
-                plan.cos,
-                plan.sin,
-            ),
+            *(qkv_THd, keys, values, out_THd, sums, stats, tables.lens_S, tables.starts_S, tables.blocks, plan.cos, plan.sin),
             *(self._starts, *self._scales[layer], self._scale, qkv_THd.stride(0), self.heads, self.kv_heads, self.block_size),
             *(splits, window or 0),
             **self._decode,
@@ -127,6 +115,14 @@ class TritonAttention:
             SPLIT=split,
             **options(qkv_THd, 4, 2),
         )
+        if split:
+            attention.merge[(decodes, self.heads)](
+                *(sums, stats, out_THd, tables.lens_S, self.heads, splits, window or 0),
+                **self._merge,
+                **flags,
+                SPLITS=triton.next_power_of_2(splits),
+                **options(qkv_THd, 4, 1),
+            )
 
     def _run_chunks(self, plan: _Plan, tiles: Tensor, layer: int, qkv_THd: Tensor, out_THd: Tensor, window: int | None) -> None:
         keys, values, tables, decodes = self.cache.keys[layer], self.cache.values[layer], plan.tables, plan.decodes

@@ -19,12 +19,24 @@ class Executor(Protocol):
         """Runs the plan on every rank and returns rank 0's result."""
         ...
 
+    def begin(self, plan: StepPlan) -> None:
+        """Starts the plan, perhaps while the one before it runs; needed only by an Engine that is `ahead`."""
+        ...
+
+    def finish(self) -> StepResult:
+        """The result of the plan that was begun first."""
+        ...
+
 
 class Engine:
     """Continuous batching over an executor.
 
     vocab_size: ids must be below it. max_model_len: tokens of prompt and output together. eos_ids end a sequence unless it
     ignores them. decoder: gives text; None: ids only.
+
+    ahead: sequences in a step of greedy decode that may be begun before the result of the one before is there, so that what is
+    done here with a result costs the ranks no time; 0: none. Such a step goes on with sequences that may turn out to have ended:
+    what it finds for them is dropped.
     """
 
     def __init__(
@@ -36,9 +48,12 @@ class Engine:
         max_model_len: int,
         eos_ids: tuple[int, ...] = (),
         decoder: Decoder | None = None,
+        ahead: int = 0,
     ) -> None:
         self.executor, self.scheduler = executor, scheduler
         self.vocab_size, self.max_model_len, self.eos_ids, self.decoder = vocab_size, max_model_len, eos_ids, decoder
+        self.ahead = ahead
+        self._begun: tuple[StepPlan, list[Sequence]] | None = None
         self._requests: dict[int, Request] = {}
         self._next_request = 0
         self._next_sequence = 0
@@ -105,25 +120,37 @@ class Engine:
 
     def advance(self) -> list[Request]:
         """As `step`, for callers that do not want every output so far: `output` makes one of a request."""
-        plan, chosen = self.scheduler.schedule()
+        plan, chosen = self._begun or self.scheduler.schedule()
         assert plan.chunks or not self.scheduler.has_work, "there is work, but no sequence could be scheduled"
         now = time.perf_counter()
         by_id = {s.seq_id: s for s in chosen}
         for s in chosen:
             if s.request.started is None:
                 s.request.started = now
-        result = self.executor.execute(plan)
+        result = self._result(plan, chosen) if self.ahead else self.executor.execute(plan)
         assert result.step == plan.step, (result.step, plan.step)
         moved: dict[int, Request] = {}
         for sample in result.samples:
             s = by_id[sample.seq_id]
-            self._take(s, sample, plan)
-            moved[s.request.request_id] = s.request
+            if s.finish_reason is None:  # else it had ended when this step was begun already
+                self._take(s, sample, plan)
+                moved[s.request.request_id] = s.request
         for request in moved.values():
             if request.finished:
                 del self._requests[request.request_id]
         self._forget_if_idle()
         return list(moved.values())
+
+    def _result(self, plan: StepPlan, chosen: list[Sequence]) -> StepResult:
+        """Of the plan, which is begun if it was not; the step after it, if it may be, is begun before."""
+        if self._begun is None:
+            self.executor.begin(plan)
+        alone = len(chosen) <= self.ahead and all(chunk.count == 1 and chunk.sample for chunk in plan.chunks)
+        follows = alone and all(s.sampling.only_best for s in chosen)
+        self._begun = self.scheduler.follow(chosen) if follows else None
+        if self._begun is not None:
+            self.executor.begin(self._begun[0])
+        return self.executor.finish()
 
     def output(self, request: Request) -> RequestOutput:
         """The request so far."""
@@ -145,6 +172,9 @@ class Engine:
 
     def _forget_if_idle(self) -> None:
         """With no step to come, the workers learn at once what to forget."""
+        if not self._requests and self._begun is not None:
+            self._begun = None
+            self.executor.finish()
         if not self._requests and (forget := self.scheduler.drop_plan()) is not None:
             self.executor.execute(forget)
 

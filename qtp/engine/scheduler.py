@@ -71,6 +71,26 @@ class Scheduler:
         plan = StepPlan(step=self._step, dropped=dropped, started=tuple(started), chunks=tuple(c for _, c in chosen))
         return plan, [s for s, _ in chosen]
 
+    def follow(self, flying: list[Sequence]) -> tuple[StepPlan, list[Sequence]] | None:
+        """The decode step after one that still runs, which gives a token to each sequence in `flying`; those of them whose last
+        one it is are left out. None where others could run as well, or blocks are short: then it takes the result to go on."""
+        going = [s for s in flying if s.finish_reason is None and len(s.tokens) + 1 < s.request.max_len]
+        if not going or any(s.computed < len(s.tokens) for s in self.running):
+            return None
+        if self.waiting and self._has_seat(0) and self._unpromised() >= self.pool.needed(len(self.waiting[0].tokens)):
+            return None
+        lacking = [self.pool.needed(s.computed + 1) - len(s.blocks) for s in going]
+        if sum(lacking) > self.pool.num_free:
+            return None
+        chunks = []
+        for s, count in zip(going, lacking, strict=True):
+            blocks = self.pool.take(count) if count > 0 else []
+            assert blocks is not None
+            chunks.append(self._chunk(s, 1, blocks))
+        self._step += 1
+        dropped, self._dropped = tuple(self._dropped), []
+        return StepPlan(step=self._step, dropped=dropped, chunks=tuple(chunks)), going
+
     def finish(self, s: Sequence) -> None:
         """A sequence has ended, whether it runs or waits: its blocks are free, the workers forget it with the next plan."""
         if s in self.running:
@@ -128,7 +148,7 @@ class Scheduler:
             seq_id=s.seq_id,
             start=s.computed,
             count=count,
-            sample=s.computed + count == len(s.tokens),
+            sample=s.computed + count >= len(s.tokens),
             appended=tuple(s.tokens[s.sent :]),
             new_blocks=tuple(blocks),
         )

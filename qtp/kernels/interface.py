@@ -127,10 +127,6 @@ class Kernels(Protocol):
         """As `linear`, for a row linear of a lone rank whose output joins the residual stream; may give a `Deferred`."""
         ...
 
-    def fetching(self, op: Op, weights: Sequence[Weight]) -> Op:
-        """`op`, an op of these kernels, which may also begin to bring weights nearer that are read soon after it."""
-        ...
-
     def linear_leaves(self, weight: Weight, cuts: Cuts, across: Communicator | None = None) -> Op:
         """As `linear`, with the leaves not yet added: [T, D] to [leaves, T, N] float32. Of integers the sum of each leaf is
         scaled; the leaf of the first column has quant_bias."""

@@ -65,9 +65,6 @@ class NativeKernels:
     def joining(self, weight: Weight) -> Op:
         return self.linear(weight)
 
-    def fetching(self, op: Op, weights: Sequence[Weight]) -> Op:
-        return op
-
     def linear_leaves(self, weight: Weight, cuts: Cuts, across: Communicator | None = None) -> Op:
         if not isinstance(weight, Tensor):
             return native_quantized.linear_leaves(self, weight, cuts, across)

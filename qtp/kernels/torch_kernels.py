@@ -57,9 +57,6 @@ class TorchKernels:
     def joining(self, weight: Weight) -> Op:
         return self.linear(weight)
 
-    def fetching(self, op: Op, weights: Sequence[Weight]) -> Op:
-        return op
-
     def linear_leaves(self, weight: Weight, cuts: Cuts, across: Communicator | None = None) -> Op:
         if isinstance(weight, Packed):
             ops = [self.linear_leaves(row_part(part), cuts, across) for part in weight.parts]

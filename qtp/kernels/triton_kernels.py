@@ -51,12 +51,6 @@ class TritonKernels:
         op = _Linear(weight, None, None)
         return lambda x: Deferred(lambda residual: op.added(x, residual))
 
-    def fetching(self, op: Op, weights: Sequence[Weight]) -> Op:
-        floats = [weight for weight in weights if isinstance(weight, Tensor)]
-        if isinstance(op, _Linear) and floats:
-            op.fetching(floats)
-        return op
-
     def linear_leaves(self, weight: Weight, cuts: Cuts, across: Communicator | None = None) -> Op:
         if not isinstance(weight, Tensor):
             return triton_quantized.linear_leaves(self, weight, cuts, across)
@@ -102,9 +96,6 @@ class _Linear:
             return self._one(x if self._before is None else rms_norm(x, self._before))
         y = F.linear(x if self._norm is None else rms_norm(x, self._norm), self._weight, self._bias)
         return silu_and_mul(y) if self._gated else y
-
-    def fetching(self, weights: Sequence[Tensor]) -> None:
-        self._one.fetching(weights)
 
     def added(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual + x W^T, in the place of residual; for one without norm, gate and bias."""

@@ -88,9 +88,8 @@ class Qwen2ForCausalLM:
 def block(config: ModelConfig, shard: Shard, place: Place, layer: int, feed_forward: RowOp) -> Block:
     own = f"layers.{layer}"
     qkv, bias = shard[f"{own}.attention.qkv.weight"], shard.get(f"{own}.attention.qkv.bias")
-    soon = [shard[name] for name in (f"{own}.attention.o.weight", f"{own}.mlp.gate_up.weight") if name in shard]
     attention = Attention(
-        place.kernels.fetching(place.kernels.linear(qkv, bias, norm=norm(config, shard, f"{own}.input_norm")), soon),
+        place.kernels.linear(qkv, bias, norm=norm(config, shard, f"{own}.input_norm")),
         row_linear(shard, place, f"{own}.attention.o.weight"),
         place.attention,
         layer=layer,
@@ -109,7 +108,7 @@ def norm(config: ModelConfig, shard: Shard, name: str) -> Norm:
 
 def mlp(shard: Shard, place: Place, own: str, norm: Norm) -> GatedMLP:
     gated = place.kernels.gated(shard[f"{own}.gate_up.weight"], norm=norm)
-    return GatedMLP(place.kernels.fetching(gated, [shard[f"{own}.down.weight"]]), row_linear(shard, place, f"{own}.down.weight"))
+    return GatedMLP(gated, row_linear(shard, place, f"{own}.down.weight"))
 
 
 def row_linear(shard: Shard, place: Place, name: str) -> RowOp:

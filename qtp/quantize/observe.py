@@ -3,7 +3,7 @@
 T tokens, D columns of an input, R captured rows, Q, K query and KV heads, d head_dim.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from math import pi, sqrt
 from threading import Lock
@@ -185,9 +185,6 @@ class WatchedKernels:
 
     def joining(self, weight: Weight) -> Op:
         return self.linear(weight)
-
-    def fetching(self, op: Op, weights: Sequence[Weight]) -> Op:
-        return op
 
     def linear_leaves(self, weight: Weight, cuts: Cuts, across: Communicator | None = None) -> Op:
         raise AssertionError("calibration runs on whole weights")

@@ -13,7 +13,8 @@ _SPREAD = 0.02
 
 def dummy(specs: Sequence[Spec], rank: int, grid: Grid, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """The tensors of `rank` by `Spec.name`, as `load` gives them, of numbers that keep activations within bounds: norms about 1,
-    all else small and none of it zero. Raises ValueError for a compressed weight, whose streams are not made of chance."""
+    all else small and none of it zero but the offsets of weights, which are symmetric unless one asks for more. Raises ValueError
+    for a compressed weight, whose streams are not made of chance."""
     generator = torch.Generator(device).manual_seed(rank)
     return {spec.name: _random(spec, spec.shape(rank, grid), dtype, generator) for spec in specs}
 
@@ -26,6 +27,8 @@ def _random(spec: Spec, shape: tuple[int, ...], dtype: torch.dtype, generator: t
         most, held = (128, torch.int8) if spec.dtype == INT8 else (1000, torch.int32)
         return torch.randint(-most, most, shape, dtype=held, device=device, generator=generator)
     if spec.dtype in (FLOAT32, SCALE_BITS):
+        if spec.name.endswith("weight_offset"):
+            return torch.zeros(shape, device=device)
         if "offset" in spec.name:
             return torch.randint(-64, 64, shape, device=device, generator=generator).float()
         return torch.rand(shape, device=device, generator=generator) * 1e-3 + 1e-4

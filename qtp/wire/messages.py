@@ -24,6 +24,13 @@ class SamplingSpec:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
+    @property
+    def only_best(self) -> bool:
+        """Whether each token is the best of the logits as they are, and nothing else is told."""
+        told = self.logprobs is not None or self.prompt_logprobs is not None
+        penalised = self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        return not (self.temperature or told or penalised or self.min_tokens)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewSequence:

@@ -16,6 +16,7 @@ Found = tuple[Tensor, Tensor]
 _FEW = (1, 2, 4, 8)
 _APART = 16
 _LARGEST = 512
+_ROWS = 5
 
 
 def buckets(most: int) -> tuple[int, ...]:
@@ -23,6 +24,32 @@ def buckets(most: int) -> tuple[int, ...]:
     the one it runs in."""
     largest = min(most, _LARGEST)
     return tuple(sorted({*(size for size in _FEW if size <= largest), *range(_APART, largest, _APART), largest}))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decode:
+    """One sequence's part in a decode step. token: its last one, at `position`, or None if that is what row `row` of the greedy
+    step before found."""
+
+    token: int | None
+    row: int
+    position: int
+    table: Sequence[int]
+
+
+class Told:
+    """The ids that a greedy step found, on their way to the host."""
+
+    def __init__(self, ids: Tensor, into: Tensor) -> None:
+        self._ids, self._arrived = into, torch.cuda.Event()  # type: ignore[no-untyped-call]
+        into.copy_(ids, non_blocking=True)
+        self._arrived.record()
+
+    def ids(self) -> list[int]:
+        """Waits for the step, but for none that came after it."""
+        self._arrived.synchronize()
+        ids: list[int] = self._ids.tolist()
+        return ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +83,13 @@ class DecodeGraphs:
         self._model, self._sizes, self._allowed = model, tuple(sizes), allowed
         self._length, self._block_size = max_model_len, block_size
         most = self.most
-        # tokens, positions, lengths, where tables begin; then the tables
-        self._numbers = torch.zeros(4 * most + blocks, dtype=torch.int64, device=device)
-        self._sent = torch.zeros(4 * most + blocks, dtype=torch.int64, pin_memory=True)
+        # tokens, rows of the step before, positions, lengths, where tables begin; then the tables
+        self._numbers = torch.zeros(_ROWS * most + blocks, dtype=torch.int64, device=device)
+        self._ids, self._last = torch.zeros(2, most, dtype=torch.int64, device=device)
+        # two of each: a step is prepared while the one before runs
+        self._sent = torch.zeros(2, len(self._numbers), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._told = torch.zeros(2, most, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._turn = 0
         model.rope.table(self._numbers[:1], max_model_len)
         self._graphs: dict[tuple[int, bool], _Captured] = {}
         pool: Any = torch.cuda.graph_pool_handle()
@@ -71,26 +102,38 @@ class DecodeGraphs:
         """Sequences of the largest bucket."""
         return self._sizes[-1]
 
-    def run(self, steps: Sequence[tuple[int, int, Sequence[int]]], greedy: bool) -> tuple[Tensor, Found | None]:
-        """From (token, position, block table) of each sequence to its rows of hidden_SD and, if `greedy`, of the best value and
-        column of this rank's vocabulary (None if it has none). They are overwritten by the next run."""
+    def run(self, steps: Sequence[Decode], greedy: bool) -> tuple[Tensor, Found | None]:
+        """Starts a step; gives its rows of hidden_SD and, if `greedy`, of the best value and column of this rank's vocabulary
+        (None if it has none). They are overwritten by the next run. One may be started while one runs, no more."""
         count, block_size = len(steps), self._block_size
         size = self._size(count)
         idle = (0,) * (size - count)
-        tokens, positions, tables = zip(*steps, strict=True)
-        needed = [position // block_size + 1 for position in positions]
+        needed = [step.position // block_size + 1 for step in steps]
         starts = [0, *accumulate(needed)]
-        numbers = array("q", tokens)
-        for part in (idle, positions, idle, (position + 1 for position in positions), idle, starts[:-1], idle):
+        numbers = array("q")
+        for part in (
+            [0 if step.token is None else step.token for step in steps],
+            [step.row if step.token is None else -1 for step in steps],
+            [step.position for step in steps],
+            [step.position + 1 for step in steps],
+            starts[:-1],
+        ):
             numbers.extend(part)
-        for table, length in zip(tables, needed, strict=True):
-            numbers.extend(table[:length])
-        self._sent[: len(numbers)].copy_(torch.frombuffer(numbers, dtype=torch.int64))
-        self._numbers[: len(numbers)].copy_(self._sent[: len(numbers)], non_blocking=True)
+            numbers.extend(idle)
+        for step, length in zip(steps, needed, strict=True):
+            numbers.extend(step.table[:length])
+        self._turn ^= 1
+        sent = self._sent[self._turn, : len(numbers)]
+        sent.copy_(torch.frombuffer(numbers, dtype=torch.int64))
+        self._numbers[: len(numbers)].copy_(sent, non_blocking=True)
         captured = self._graphs[size, greedy]
         captured.graph.replay()
         found = captured.found
         return captured.hidden_SD[:count], None if found is None else (found[0][:count], found[1][:count])
+
+    def told(self, count: int) -> Told:
+        """The ids that the greedy step just started finds, of a lone rank."""
+        return Told(self._last[:count], self._told[self._turn, :count])
 
     def replay(self, count: int) -> None:
         """The last greedy step of so many sequences once more, for measuring: it writes what it wrote."""
@@ -100,10 +143,10 @@ class DecodeGraphs:
         return next(size for size in self._sizes if size >= count)
 
     def _batch(self, size: int) -> Batch:
-        tokens, positions, lens_S, starts_S = self._numbers[: 4 * size].view(4, size).unbind()
-        tables = DeviceTables(lens_S=lens_S, starts_S=starts_S, blocks=self._numbers[4 * size :])
+        _, _, positions, lens_S, starts_S = self._numbers[: _ROWS * size].view(_ROWS, size).unbind()
+        tables = DeviceTables(lens_S=lens_S, starts_S=starts_S, blocks=self._numbers[_ROWS * size :])
         return Batch(
-            token_ids_T=tokens,
+            token_ids_T=self._ids[:size],
             positions_T=positions,
             slots_T=positions,  # the kernel finds them by itself
             query_lens=(1,) * size,
@@ -114,12 +157,20 @@ class DecodeGraphs:
         )
 
     def _capture(self, size: int, pool: Any) -> None:
-        batch, model = self._batch(size), self._model
+        from qtp.kernels.triton.vocabulary import follow  # Triton is there on CUDA devices only
+
+        batch, model, last = self._batch(size), self._model, self._last[:size]
+        tokens, rows = self._numbers[: 2 * size].view(2, size).unbind()
         for greedy in (True, False):
 
             def step(search: bool = greedy) -> tuple[Tensor, Found | None]:
+                follow(tokens, rows, self._last, batch.token_ids_T)
                 hidden_SD = model.hidden(batch)
-                return hidden_SD, model.best(hidden_SD, 1, self._allowed) if search and self._allowed else None
+                if not search or not self._allowed:
+                    return hidden_SD, None
+                found = model.best(hidden_SD, 1, self._allowed)
+                last.copy_(found[1][:, 0])
+                return hidden_SD, found
 
             step()  # what is compiled or set up on first use cannot be captured
             torch.cuda.synchronize()

@@ -80,18 +80,39 @@ class Ranks:
         finally:
             self._free.set()
 
+    @property
+    def ahead(self) -> int:
+        """As `Worker.ahead`."""
+        return self.worker.ahead if self.worker is not None else 0
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Raises ValueError once closed. A step that fails or is interrupted leaves ranks that disagree, so it closes them."""
-        worker, channel = self.worker, self._channel
+        channel = self._channel
+        with self._running() as worker:
+            if channel is not None:
+                channel.send(plan)
+            self._pulse.step = plan.step
+            return worker.execute(plan)
+
+    def begin(self, plan: StepPlan) -> None:
+        """As `Worker.begin`, where there is `ahead`; raises as `execute`."""
+        with self._running() as worker:
+            worker.begin(plan)
+
+    def finish(self) -> StepResult:
+        """As `Worker.finish`; raises as `execute`."""
+        with self._running() as worker:
+            return worker.finish()
+
+    @contextmanager
+    def _running(self) -> Iterator[Worker]:
+        worker = self.worker
         if worker is None or not self.alive:
             raise self._cause or ValueError("this LLM is closed, by close() or by a step that failed; construct it anew")
         self._free.clear()
         try:
             with self._naming_the_cause():
-                if channel is not None:
-                    channel.send(plan)
-                self._pulse.step = plan.step
-                return worker.execute(plan)
+                yield worker
         except BaseException:
             self.close()
             raise

@@ -181,11 +181,6 @@ def _candidates(spec: SamplingSpec) -> int:
     return CANDIDATES if 0 < spec.top_k <= CANDIDATES else 0
 
 
-def only_best(s: Sequence) -> bool:
-    """Whether its next token is the best of the logits as they are, and nothing else of them is told."""
-    return _candidates(s.sampling) == 1 and not _is_adjusted(s)
-
-
 def _is_adjusted(s: Sequence) -> bool:
     spec = s.sampling
     penalised = spec.repetition_penalty != 1.0 or spec.presence_penalty != 0.0 or spec.frequency_penalty != 0.0

@@ -1,6 +1,7 @@
 """One rank: the only place where layout, weights, cache, attention, model and sampling are put together."""
 
 import logging
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from pathlib import Path
@@ -31,10 +32,10 @@ from qtp.weights.loader import load
 from qtp.weights.names import declare
 from qtp.weights.quantized import Unscaled
 from qtp.weights.verify import verify
-from qtp.wire.messages import Chunk, Ready, StepPlan, StepResult, TokenLogprobs
-from qtp.worker.graphs import DecodeGraphs, Found, buckets
+from qtp.wire.messages import Chunk, Ready, Sample, StepPlan, StepResult, TokenLogprobs
+from qtp.worker.graphs import Decode, DecodeGraphs, Found, Told, buckets
 from qtp.worker.memory import card_of, largest_step, measure, naming_memory
-from qtp.worker.sampling import PROMPT_TILE, Sampler, as_sample, only_best
+from qtp.worker.sampling import PROMPT_TILE, Sampler, as_sample
 from qtp.worker.sequence import Sequence
 
 log = logging.getLogger("qtp")
@@ -98,6 +99,8 @@ class Worker:
         sizes = [len(even(model_config.vocab_size, grid.size, rank)) for rank in range(grid.size)]
         self.sampler = Sampler(comm, sizes, min(config.vocab_limit or model_config.vocab_size, model_config.vocab_size))
         self.sequences: dict[int, Sequence] = {}
+        self._begun: deque[StepResult | tuple[int, list[int], Told]] = deque()
+        self._rows: dict[int, int] = {}  # of the sequences in the last decode step
         self.ready = Ready(
             rank=comm.rank, bytes_read=bytes_read, weight_bytes=sum(t.numel() * t.element_size() for t in tensors.values())
         )
@@ -142,23 +145,63 @@ class Worker:
         self.cache.resize(blocks)
         return blocks
 
-    @naming_memory
-    @torch.inference_mode()
+    @property
+    def ahead(self) -> int:
+        """Sequences of a greedy decode step that may be begun before the one before it is finished: its tokens stay on the
+        device. 0 if none may."""
+        return self.graphs.most if self.graphs is not None and self.comm.size == 1 else 0
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Runs one step. Every rank must execute the same plans in the same order; rank 0's result is the one that counts."""
+        self.begin(plan)
+        return self.finish()
+
+    @naming_memory
+    @torch.inference_mode()
+    def begin(self, plan: StepPlan) -> None:
+        """Starts a step; `finish` gives the results in the same order. Where there is `ahead`, the plan of a greedy decode step
+        may come before the step before it, which must be one too, is finished: a chunk then begins behind what is known of its
+        sequence."""
+        self._begun.append(self._start(plan))
+
+    @naming_memory
+    @torch.inference_mode()
+    def finish(self) -> StepResult:
+        """The result of the step that was begun first."""
+        begun = self._begun.popleft()
+        if isinstance(begun, StepResult):
+            return begun
+        step, seq_ids, told = begun
+        samples = tuple(Sample(seq_id=i, token=token) for i, token in zip(seq_ids, told.ids(), strict=True))
+        return StepResult(step=step, samples=samples)
+
+    def _start(self, plan: StepPlan) -> StepResult | tuple[int, list[int], Told]:
         self._learn(plan)
         chunks = sorted(plan.chunks, key=lambda chunk: chunk.count != 1)
         if not chunks:
             return StepResult(step=plan.step)
         sequences = [self.sequences[chunk.seq_id] for chunk in chunks]
         if self.graphs is not None and chunks[-1].count == 1 and len(chunks) <= self.graphs.most:
-            steps = [(s.token_ids[chunk.start], chunk.start, s.blocks) for chunk, s in zip(chunks, sequences, strict=True)]
-            greedy = all(chunk.sample and only_best(s) for chunk, s in zip(chunks, sequences, strict=True))
-            return self._answer(plan.step, chunks, *self.graphs.run(steps, greedy))
+            greedy = all(chunk.sample and s.sampling.only_best for chunk, s in zip(chunks, sequences, strict=True))
+            hidden_TD, found = self.graphs.run(self._decodes(chunks), greedy)
+            self._rows = {chunk.seq_id: row for row, chunk in enumerate(chunks)}
+            if greedy and self.comm.size == 1:
+                return plan.step, list(self._rows), self.graphs.told(len(chunks))
+            return self._answer(plan.step, chunks, hidden_TD, found)
         parts = []
         for chunk, s in zip(chunks, sequences, strict=True):
             parts.append((tuple(s.token_ids[chunk.start : chunk.start + chunk.count]), chunk.start, tuple(s.blocks)))
         return self._answer(plan.step, chunks, self.model.hidden(make_batch(parts, self.cache.block_size, self.comm.device)))
+
+    def _decodes(self, chunks: list[Chunk]) -> list[Decode]:
+        steps = []
+        for chunk in chunks:
+            s, at = self.sequences[chunk.seq_id], chunk.start
+            known = at < len(s.token_ids)
+            assert known or (at == len(s.token_ids) and self._begun), f"position {at} of {len(s.token_ids)} tokens"
+            row = -1 if known else self._rows[chunk.seq_id]
+            steps.append(Decode(token=s.token_ids[at] if known else None, row=row, position=at, table=s.blocks))
+        return steps
 
     def _learn(self, plan: StepPlan) -> None:
         for seq_id in plan.dropped:

@@ -1,9 +1,9 @@
 """The ranks of the conformance suite in processes of their own: each runs every case and all failures, and tells what came of it.
 
-Argument: a JSON object. backend: see `Place`; sizes: for each wrapper the numbers of ranks to try; scenes: which failures; count:
-how many processes; ports and, for rank 0, descriptors of as many listeners: one for each number of ranks, then one a scene;
-folder. Results go to FOLDER/RANK.json: a text a case, "ok" or the traceback. Without ports this is one rank, started by mpiexec;
-else this process forks them all once torch is imported, and prints the codes with which they ended.
+Argument: a JSON object. backend, device: see `Place`; sizes: for each wrapper the numbers of ranks to try; scenes: which
+failures; count: how many processes; ports and, for rank 0, descriptors of as many listeners: one for each number of ranks, then
+one a scene; folder. Results go to FOLDER/RANK.json: a text a case, "ok" or the traceback. Without ports this is one rank, started
+by mpiexec; else this process forks them all once torch is imported, and prints the codes with which they ended.
 """
 
 import json
@@ -18,30 +18,37 @@ from typing import Any
 
 import torch
 from communicator_cases import CASES, WRAPPERS, Case
+from ipc_cases import GRAPH_CASES, IPC_CASES, OnCard
 from tree_cases import TREE_CASES
 
 from collectives import CollectiveError, Communicator, Rendezvous, create
+from collectives.cuda_ipc import CudaIpc
 from collectives.hierarchical import Hierarchical
 from collectives.tree import TreeReduce
 
 CPU = torch.device("cpu")
 ENOUGH = 60.0
 SHORT = 4.0
-ALL_WRAPPERS = WRAPPERS | {"tree": TreeReduce}
+ALL_WRAPPERS = WRAPPERS | {"tree": TreeReduce, "ipc": lambda comm: comm}
 
 
-def cases_of(wrapper: str) -> dict[str, Case]:
+def cases_of(wrapper: str, device: str) -> dict[str, Case]:
+    """ipc: none around it, and cases of cuda_ipc alone."""
+    if wrapper == "ipc":
+        return CASES | IPC_CASES | (GRAPH_CASES if device == "cuda" else {})
     return CASES | TREE_CASES if wrapper == "tree" else CASES
 
 
 class Place:
     """Where the ranks meet. backend: a name of the registry, or hierarchical or hierarchical+mpi followed by the host that each
-    rank is to believe it is on, as in hierarchical/0112. Over MPI all ranks meet once, and smaller numbers are split off."""
+    rank is to believe it is on, as in hierarchical/0112. Over MPI all ranks meet once, and smaller numbers are split off. device:
+    cuda_ipc runs on the cards, which ranks share in turn, or, on cpu, over gloo in Triton's interpreter."""
 
     def __init__(self, spec: dict[str, Any], rank: int) -> None:
         self.name, _, hosts = spec["backend"].partition("/")
         self.hosts = [int(digit) for digit in hosts]
         self.count, self.ports, self.descriptors = spec["count"], spec["ports"], spec["descriptors"]
+        self.device = spec["device"]
         self.rank = rank
         self.world: Communicator | None = None
         if "mpi" in self.name:
@@ -61,17 +68,28 @@ class Place:
         """Called by all ranks. None on those that are not among the first `size`."""
         if self.world is not None:
             base = self.world.split(range(size))
+        elif self.rank < size and self.name == "cuda_ipc":
+            return self.cuda_ipc(self.rendezvous(size, turn, timeout))
         elif self.rank < size:
             base = create("gloo" if self.hosts else self.name, self.rendezvous(size, turn, timeout), CPU)
         else:
             base = None
         return base if base is None or not self.hosts else Hierarchical(base, timeout, self.hosts[:size])
 
+    def cuda_ipc(self, rendezvous: Rendezvous) -> Communicator:
+        if self.device == "cuda":
+            device = torch.device("cuda", self.rank % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+            return OnCard(create("cuda_ipc", rendezvous, device))
+        from cuda_stand_in import LIMIT, StandIn
 
-def attempt_all(comm: Communicator, wrapper: str, shared: Path, results: dict[str, str]) -> bool:
+        return CudaIpc(create("gloo", rendezvous, CPU), rendezvous.timeout, limit=LIMIT, driver=StandIn())
+
+
+def attempt_all(comm: Communicator, wrapper: str, device: str, shared: Path, results: dict[str, str]) -> bool:
     """Every case through a wrapper. After a failure the ranks may be out of step, so the rest is not run."""
     shared.mkdir(exist_ok=True)
-    for name, case in cases_of(wrapper).items():
+    for name, case in cases_of(wrapper, device).items():
         try:
             case(ALL_WRAPPERS[wrapper](comm), shared)
         except BaseException:
@@ -135,7 +153,8 @@ def attend(spec: dict[str, Any], rank: int = 0) -> None:
                 continue
             with comm:
                 wrappers = [wrapper for wrapper, tried in spec["sizes"].items() if size in tried]
-                if not all(attempt_all(comm, wrapper, folder / f"{size}-{wrapper}", results) for wrapper in wrappers):
+                device = place.device
+                if not all(attempt_all(comm, name, device, folder / f"{size}-{name}", results) for name in wrappers):
                     return
                 comm.barrier()
         for turn, name in enumerate(spec["scenes"], len(sizes)):

@@ -170,7 +170,7 @@ def test_checked_passes_close_and_size_on() -> None:
 
 
 def test_registry_names_what_there_is() -> None:
-    assert {"solo", "shm", "gloo", "mpi", "hierarchical", "hierarchical+mpi", "nccl", "hccl"} <= set(available())
+    assert {"solo", "shm", "gloo", "mpi", "hierarchical", "hierarchical+mpi", "nccl", "cuda_ipc", "hccl"} <= set(available())
     with pytest.raises(ValueError, match=r"'glue' is unknown.*gloo.*nccl.*solo"):
         create("glue", Rendezvous(), CPU)
 

@@ -1,5 +1,8 @@
 """The suite, and that of sums along a tree, on every backend whose ranks are processes: gloo, shm, hierarchical with several
-pretended hosts, and mpi where the machine has it. 4 processes a backend run all cases and all failures, and report.
+pretended hosts, cuda_ipc, and mpi where the machine has it. 4 processes a backend run all cases and all failures, and report.
+
+cuda_ipc runs on cards with --device cuda, which ranks may share, and else in Triton's interpreter. That a peer was killed is for
+the launcher to tell it.
 """
 
 import json
@@ -14,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from communicator_cases import PROCESS_SIZES
+from device_helper import CHOSEN
 from ranks import cases_of
 
 PROCESSES = 4
@@ -30,6 +34,7 @@ BACKENDS: dict[str, tuple[dict[str, tuple[int, ...]], tuple[str, ...]]] = {
     "hierarchical/0102": ({"plain": (3, 4), "tree": (4,)}, FAILURES),
     "hierarchical/0112": ({"plain": (4,)}, FAILURES),
     "hierarchical/0123": ({"plain": (2,)}, ()),
+    "cuda_ipc": ({"plain": (1,), "ipc": (2, 3), "checked": (2,)}, ("silent", "aborted")),
 }
 MPI: dict[str, tuple[dict[str, tuple[int, ...]], tuple[str, ...]]] = {
     "mpi": (PROCESS_SIZES, ()),
@@ -65,6 +70,7 @@ def report_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Repor
 def run(backend: str, folder: Path) -> Report:
     sizes, scenes = BACKENDS[backend]
     spec = {"backend": backend, "sizes": sizes, "scenes": scenes, "count": PROCESSES, "folder": str(folder)}
+    spec["device"] = CHOSEN.name
     command = [sys.executable, str(SCRIPT)]
     if "mpi" in backend:
         spec |= {"ports": [], "descriptors": []}
@@ -105,26 +111,35 @@ def run(backend: str, folder: Path) -> Report:
 
 @pytest.mark.parametrize(
     ("backend", "wrapper", "size", "case"),
-    [(b, w, n, case) for b, (sizes, _) in BACKENDS.items() for w, tried in sizes.items() for n in tried for case in cases_of(w)],
+    [
+        (b, w, n, case)
+        for b, (sizes, _) in BACKENDS.items()
+        for w, tried in sizes.items()
+        for n in tried
+        for case in cases_of(w, CHOSEN.name)
+    ],
 )
 def test_backend(backend: str, wrapper: str, size: int, case: str, report_of: Callable[[str], Report]) -> None:
     told = [results.get(f"{size}/{wrapper}/{case}", "not run: an earlier case failed") for results in report_of(backend)[:size]]
     assert told == ["ok"] * size, "\n".join(told)
 
 
-with_failures = pytest.mark.parametrize("backend", [name for name, (_, scenes) in BACKENDS.items() if scenes])
+def with_failure(scene: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("backend", [name for name, (_, scenes) in BACKENDS.items() if scene in scenes])
 
 
-@with_failures
+@with_failure("silent")
 def test_a_silent_peer_ends_in_a_timeout(backend: str, report_of: Callable[[str], Report]) -> None:
     for results in report_of(backend)[:-1]:
         assert results["silent"].startswith("ok "), results["silent"]
         assert 2.0 < float(results["silent took"]) < 10.0
         if backend == "shm":
             assert "shm: ranks [3] did not come within 4 s" in results["silent"]
+        if backend == "cuda_ipc":
+            assert results["silent"].endswith("cuda_ipc: rank 3 did not come within 4 s")
 
 
-@with_failures
+@with_failure("aborted")
 def test_an_abort_ends_the_wait_within_a_second(backend: str, report_of: Callable[[str], Report]) -> None:
     for results in report_of(backend)[:-1]:
         assert results["aborted"].startswith("ok "), results["aborted"]
@@ -133,7 +148,7 @@ def test_an_abort_ends_the_wait_within_a_second(backend: str, report_of: Callabl
         assert float(results["closing aborted took"]) < 1.0
 
 
-@with_failures
+@with_failure("gone")
 def test_a_killed_peer_ends_the_wait(backend: str, report_of: Callable[[str], Report]) -> None:
     report = report_of(backend)
     for results in report[:-1]:
@@ -146,7 +161,7 @@ def test_a_killed_peer_ends_the_wait(backend: str, report_of: Callable[[str], Re
             assert text.endswith(") has ended")
 
 
-@with_failures
+@with_failure("silent")
 def test_a_closed_communicator_says_so(backend: str, report_of: Callable[[str], Report]) -> None:
     for results in report_of(backend)[:-1]:
         assert results["closed"].startswith("ok "), results

@@ -78,11 +78,14 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_communicators() -> None:
     assert settle(device="cuda", tp=2).communicator == "nccl"
     assert settle(device="cuda").communicator == "solo"
-    for name in ("gloo", "loopback", "nccl"):
+    for name in ("gloo", "loopback", "nccl", "cuda_ipc"):
         assert settle(device="cuda", tp=2, communicator=name).communicator == name
     for name in ("shm", "mpi", "hierarchical", "hierarchical+mpi"):
         with pytest.raises(ValueError, match=r"communicator '.*' works on cpu, not on device cuda; choose auto, or gloo"):
             settle(device="cuda", tp=2, communicator=name)
+    for device in ("cpu", "npu"):
+        with pytest.raises(ValueError, match=f"communicator 'cuda_ipc' works on cuda, not on device {device}; choose auto"):
+            settle(device=device, tp=2, communicator="cuda_ipc")
     config = EngineConfig(model="m", tp=2)
     assert resolve(config, MODEL, 1, cuda=True, cuda_communicator="gloo").communicator == "gloo"
 

@@ -2,14 +2,13 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from graph_helper import replayed
 from torch import Tensor
-from triton_helper import DEVICE
+from triton_helper import DEVICE, poison
 
 from attention_helper import (  # isort: skip
     LAYER,
@@ -32,7 +31,7 @@ CUDA = DEVICE.type == "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 KV_OF = ((0,), (0,) * 7, (0,) * 7 + (1,) * 3, (0, 1, 1, 2))
-PARTS = (1, 2, 8, 9, 17)  # eight are added up at a time
+PARTS = (1, 2, 8, 9, 17)
 Chunks = list[tuple[int, int, int]]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # rows of a group that are not there
@@ -40,18 +39,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  
 
 @pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
-    """Memory that nobody wrote is NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before)
+    with poison():
+        yield
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Tiles and parts of 16 tokens, so that short contexts have several of both."""
-    for name in ("_LEAST", "_DECODE_TILE", "_ROWS"):
+    for name in ("_SPLIT_TILE", "_DECODE_TILE", "_ROWS"):
         monkeypatch.setattr(triton_backend, name, 16)
     monkeypatch.setattr(triton_backend, "_PREFILL_TILE", 32)
     return monkeypatch
@@ -75,7 +70,6 @@ def check_cache(paged: Paged, stops: list[int], tolerance: float) -> None:
     right.fill(stops)
     torch.testing.assert_close(paged.cache.keys.cpu(), right.cache.keys, rtol=tolerance, atol=tolerance, equal_nan=True)
     torch.testing.assert_close(paged.cache.values.cpu(), right.cache.values, rtol=0, atol=0, equal_nan=True)
-    assert not paged.backend._counts.any()
 
 
 def check(paged: Paged, chunks: Chunks, window: int | None = None) -> None:
@@ -104,7 +98,7 @@ def step(seed: int, dtype: torch.dtype) -> tuple[Sequences, Chunks, int | None, 
 
 
 @every_dtype
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(8))
 def test_it_is_attention(dtype: torch.dtype, seed: int, small: pytest.MonkeyPatch) -> None:
     """Random steps: decoding sequences and chunks of prompts, over a cache in which all else is NaN."""
     small.setattr(triton_backend, "_PROGRAMS", (8, 1, 30)[seed % 3])
@@ -122,11 +116,7 @@ def test_any_number_of_parts(dtype: torch.dtype, small: pytest.MonkeyPatch) -> N
     s = some(1, (0, 1, 1), 16, lengths, dtype)
     for x in s.qkv:
         x[:, :3] *= 3
-    paged = paged_of(s, 16)
-    chunks = [(i, n - 1, n) for i, n in enumerate(lengths)]
-    check(paged, chunks)
-    first, again = paged.step(chunks), paged.step(chunks)
-    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    check(paged_of(s, 16), [(i, n - 1, n) for i, n in enumerate(lengths)])
 
 
 @pytest.mark.parametrize("window", [1, 2, 16, 17, 33, 47])
@@ -271,7 +261,7 @@ def check_int8(s: Sequences, scales: KVScales, chunks: Chunks, window: int | Non
         torch.testing.assert_close(out.double(), right, rtol=TOLERANCE[dtype], atol=bound(s))
         assert torch.equal(out, twin)  # what was not written is not read
     untouched = torch.ones(len(paged.cache.keys[LAYER].flatten(0, 1)), dtype=torch.bool)
-    for i, start, stop in chunks:
+    for i, _, stop in chunks:
         untouched[paged.slots(i, stop)] = False
     for cache in (paged.cache.keys, paged.cache.values):
         assert (cache[LAYER].flatten(0, 1).cpu()[untouched] == 127).all()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_helper import DEVICE
+from triton_helper import DEVICE, poison
 
 from qtp.kernels.interface import Expert
 from qtp.kernels.torch_kernels import TorchKernels
@@ -24,12 +24,8 @@ EXPERTS = 11
 
 @pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
-    """Memory that nobody wrote is NaN, or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before)
+    with poison():
+        yield
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

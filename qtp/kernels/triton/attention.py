@@ -2,8 +2,8 @@
 
 S decoding sequences, L cached tokens of a tile, H query heads, K KV heads, d head_dim, E = d / 2 rounded up to a power of two.
 A query or key is two halves [., E], which rope (arXiv 2104.09864) turns into each other. Softmax goes tile by tile with a running
-maximum and sum (arXiv 2205.14135); a decoding sequence is cut over its context into splits (flash
-decoding). Softmax is in base 2: `scale` is log2(e) / sqrt(d).
+maximum and sum (arXiv 2205.14135); a decoding sequence is cut over its context into splits, which
+`merge` adds up (flash decoding). Softmax is in base 2: `scale` is log2(e) / sqrt(d).
 
 Of an int8 cache the codes, exact in any dtype, are what is multiplied: the scales of keys go to the query, those of values to
 the sum, and of both sums what the offsets make is taken away at the end, with the same rounded factors. The cache is [blocks,
@@ -84,48 +84,20 @@ def _clear(out_ptr, group, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP: t
 
 
 @triton.jit
-def _merged(
-    sums_ptr, stats_ptr, first_G, parts, inside_G, inside_GE, at_E, HALF: tl.constexpr, GROUP: tl.constexpr
-):  # fmt: skip
-    """The maximum, the sum and the two halves of the weighted values of all parts, several of which are read at a time."""
-    at_P = tl.arange(0, 8)
-    most_G = tl.full((GROUP,), float("-inf"), tl.float32)
-    sum_G = tl.zeros((GROUP,), tl.float32)
-    o1_GE, o2_GE = tl.zeros((GROUP, HALF), tl.float32), tl.zeros((GROUP, HALF), tl.float32)
-    for start in range(0, parts, 8):
-        part_PG = first_G[None, :] + (start + at_P)[:, None]
-        inside_PG = ((start + at_P) < parts)[:, None] & inside_G[None, :]
-        most_PG = tl.load(stats_ptr + 2 * part_PG, mask=inside_PG, other=float("-inf"))
-        sum_PG = tl.load(stats_ptr + 2 * part_PG + 1, mask=inside_PG, other=0.0)
-        place_PGE = sums_ptr + part_PG[:, :, None] * (2 * HALF) + at_E[None, None, :]
-        inside_PGE = inside_PG[:, :, None] & inside_GE[None, :, :]
-        o1_PGE = tl.load(place_PGE, mask=inside_PGE, other=0.0)
-        o2_PGE = tl.load(place_PGE + HALF, mask=inside_PGE, other=0.0)
-        more_G = tl.where(inside_G, tl.maximum(most_G, tl.max(most_PG, axis=0)), 0.0)
-        fade_G, weight_PG = tl.exp2(most_G - more_G), tl.exp2(most_PG - more_G[None, :])
-        sum_G = sum_G * fade_G + tl.sum(sum_PG * weight_PG, axis=0)
-        o1_GE = o1_GE * fade_G[:, None] + tl.sum(o1_PGE * weight_PG[:, :, None], axis=0)
-        o2_GE = o2_GE * fade_G[:, None] + tl.sum(o2_PGE * weight_PG[:, :, None], axis=0)
-        most_G = more_G
-    return most_G, sum_G, o1_GE, o2_GE
-
-
-@triton.jit
 def decode(
-    qkv_ptr, keys_ptr, values_ptr, out_ptr, sums_ptr, stats_ptr, counts_ptr, lens_ptr, starts_ptr, tables_ptr, cos_ptr, sin_ptr,
+    qkv_ptr, keys_ptr, values_ptr, out_ptr, sums_ptr, stats_ptr, lens_ptr, starts_ptr, tables_ptr, cos_ptr, sin_ptr,
     heads_ptr,
     ks_ptr, ko_ptr, vs_ptr, vo_ptr, qs_ptr, qo_ptr, scale, qkv_stride, query_heads, kv_heads, block_size, splits, window,
-    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, LEAST: tl.constexpr, SPLIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
     WINDOW: tl.constexpr, INT8: tl.constexpr, QUERY_INT8: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token of sequence `program 0` (none, and zeros in out, where its length is 0) for the query heads of KV head
     `program 1`, over part `program 2` of its context. The first part writes the token's key and value, and has them from
     registers; the others are read from the cache.
 
-    heads [K + 1]: the first query head of each KV head. out [S, H, d]. A part is of LEAST tokens or more. SPLIT: if there are
-    several, sums [S, H, splits, 2 E] and stats [S, H, splits, 2] (maximum, sum), float32, take them, and the program that counts
-    last in counts [S, K] (int32, 0 before and after) adds them up, in their order. GROUP: no less than the query heads of any
-    KV head."""
+    heads [K + 1]: the first query head of each KV head. SPLIT: sums [S, H, splits, 2 E] and stats [S, H, splits, 2] (maximum,
+    sum), float32, take what `merge` needs; otherwise out [S, H, d] the result. GROUP: no less than the query heads of any KV
+    head."""
     s, k, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     before = tl.load(lens_ptr + s).to(tl.int32) - 1  # tokens in the cache already
     table_ptr = tables_ptr + tl.load(starts_ptr + s)
@@ -134,12 +106,12 @@ def decode(
     oldest = 0
     if WINDOW:
         oldest = tl.maximum(before + 1 - window, 0)
-    share = tl.maximum(tl.cdiv(tl.cdiv(before - oldest, splits), TILE) * TILE, LEAST)
+    share = tl.cdiv(tl.cdiv(before - oldest, splits), TILE) * TILE
     begin = oldest + split * share
     new_block = tl.load(table_ptr + tl.maximum(before, 0) // block_size).to(tl.int64)
     launch_dependents(PDL)
     wait(PDL)
-    if (before < 0) & (split == 0):
+    if not SPLIT and before < 0:
         _clear(out_ptr + (s.to(tl.int64) * query_heads + first) * HEAD_DIM, group, HEAD_DIM, 2 * HALF, GROUP)
     if (before >= 0) & ((split == 0) | (begin < before)):
         end = tl.minimum(begin + share, before)
@@ -215,30 +187,51 @@ def decode(
             o1_GE *= tl.load(vs_ptr + scale_row + at_E, mask=inside_E, other=0.0)[None, :]
             o2_GE *= tl.load(vs_ptr + scale_row + HEAD_DIM // 2 + at_E, mask=inside_E, other=0.0)[None, :]
         row_G = s.to(tl.int64) * query_heads + first + at_G
-        parts = tl.maximum(1, tl.cdiv(before - oldest, share))
-        last = parts == 1
         if SPLIT:
-            if parts > 1:
-                part_G = row_G * splits + split
-                place_GE = sums_ptr + part_G[:, None] * (2 * HALF) + at_E[None, :]
-                tl.store(place_GE, o1_GE, mask=inside_GE)
-                tl.store(place_GE + HALF, o2_GE, mask=inside_GE)
-                tl.store(stats_ptr + 2 * part_G, most_G, mask=inside_G)
-                tl.store(stats_ptr + 2 * part_G + 1, sum_G, mask=inside_G)
-                tl.debug_barrier()  # all threads' parts are there before this program counts
-                count_ptr = counts_ptr + s * kv_heads + k
-                last = tl.atomic_add(count_ptr, 1, sem="acq_rel") == parts - 1
-                if last:
-                    tl.store(count_ptr, 0)
-                    tl.debug_barrier()
-                    most_G, sum_G, o1_GE, o2_GE = _merged(
-                        sums_ptr, stats_ptr, row_G * splits, parts, inside_G, inside_GE, at_E, HALF, GROUP
-                    )
-        if last:
+            part_G = row_G * splits + split
+            place_GE = sums_ptr + part_G[:, None] * (2 * HALF) + at_E[None, :]
+            tl.store(place_GE, o1_GE, mask=inside_GE)
+            tl.store(place_GE + HALF, o2_GE, mask=inside_GE)
+            tl.store(stats_ptr + 2 * part_G, most_G, mask=inside_G)
+            tl.store(stats_ptr + 2 * part_G + 1, sum_G, mask=inside_G)
+        else:
             place_GE = out_ptr + row_G[:, None] * HEAD_DIM + at_E[None, :]
             kind = out_ptr.dtype.element_ty
             tl.store(place_GE, (o1_GE / sum_G[:, None]).to(kind), mask=inside_GE)
             tl.store(place_GE + HEAD_DIM // 2, (o2_GE / sum_G[:, None]).to(kind), mask=inside_GE)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def merge(
+    sums_ptr, stats_ptr, out_ptr, lens_ptr, query_heads, splits, window,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """The parts that `decode` left of sequence `program 0` and head `program 1`, to out [S, H, d]. SPLITS >= splits."""
+    s, h = tl.program_id(0), tl.program_id(1)
+    at_P, at_E = tl.arange(0, SPLITS), tl.arange(0, HALF)
+    inside_E = at_E < HEAD_DIM // 2
+    before = tl.load(lens_ptr + s).to(tl.int32) - 1
+    oldest = 0
+    if WINDOW:
+        oldest = tl.maximum(before + 1 - window, 0)
+    share = tl.cdiv(tl.cdiv(before - oldest, splits), TILE) * TILE
+    there_P = (before >= 0) & ((at_P == 0) | ((at_P < splits) & (oldest + at_P * share < before)))
+    row = s.to(tl.int64) * query_heads + h
+    part_P = row * splits + at_P
+    launch_dependents(PDL)
+    wait(PDL)
+    most_P = tl.load(stats_ptr + 2 * part_P, mask=there_P, other=float("-inf"))
+    sum_P = tl.load(stats_ptr + 2 * part_P + 1, mask=there_P, other=0.0)
+    weight_P = tl.where(there_P, tl.exp2(most_P - tl.max(most_P, axis=0)), 0.0)
+    place_PE = sums_ptr + part_P[:, None] * (2 * HALF) + at_E[None, :]
+    inside_PE = there_P[:, None] & inside_E[None, :]
+    o1_E = tl.sum(tl.load(place_PE, mask=inside_PE, other=0.0) * weight_P[:, None], axis=0)
+    o2_E = tl.sum(tl.load(place_PE + HALF, mask=inside_PE, other=0.0) * weight_P[:, None], axis=0)
+    total = tl.where(before >= 0, tl.sum(sum_P * weight_P, axis=0), 1.0)
+    kind = out_ptr.dtype.element_ty
+    tl.store(out_ptr + row * HEAD_DIM + at_E, (o1_E / total).to(kind), mask=inside_E)
+    tl.store(out_ptr + row * HEAD_DIM + HEAD_DIM // 2 + at_E, (o2_E / total).to(kind), mask=inside_E)
 
 
 @triton.jit

@@ -37,21 +37,6 @@ def launch_dependents(PDL: tl.constexpr):
         gdc_launch_dependents()
 
 
-@triton.jit
-def fetch(address, bytes, program, programs, THREADS: tl.constexpr):
-    """Begins to bring bytes [0, bytes) behind an address into the second-level cache, program by program a part. They are
-    multiples of 512 and 16. To be called with as many THREADS as the kernel has; needs compute capability 9.0."""
-    part = tl.cdiv(tl.cdiv(bytes, programs), 512) * 512
-    begin = program * part
-    end = tl.minimum(begin + part, bytes) - 512
-    at = tl.arange(0, THREADS) * 512
-    for start in range(begin, begin + part, THREADS * 512):
-        place = address + tl.minimum(start + at, tl.maximum(end, 0)).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], 512; mov.u32 $0, 0;", "=r,l", [place], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
 @cache
 def _programmatic(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)

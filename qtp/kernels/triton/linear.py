@@ -4,7 +4,6 @@ An RMSNorm before the product costs no pass of its own: sum(w g x) / rms is what
 the squares added up on the way. So it is rounded once where the norm by itself would round twice more.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -12,10 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qtp.kernels.interface import Norm
-from qtp.kernels.triton.launch import fetch, launch_dependents, options, wait
-
-FETCHING = tl.constexpr(528)  # programs that fetch: four for each multiprocessor of an H100
-_AHEAD = 20 << 20  # bytes that are fetched at most: what an H200 reads in 5 microseconds, two fifths of its second-level cache
+from qtp.kernels.triton.launch import launch_dependents, options, wait
 
 
 @triton.jit
@@ -30,11 +26,6 @@ def _one_token(
     D,
     w_stride,
     eps,
-    ahead_ptr,
-    ahead_bytes,
-    further_ptr,
-    further_bytes,
-    AHEAD: tl.constexpr,
     NORM: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
@@ -43,8 +34,7 @@ def _one_token(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out[n] = (add[n] +) sum_d w[n, d] norm(x)[d] (+ bias[n]); GATED: of rows n and N + n, silu(the first) * the second.
-    AHEAD: 0, or the threads, if the last programs are to fetch what lies at ahead and further."""
+    """out[n] = (add[n] +) sum_d w[n, d] norm(x)[d] (+ bias[n]); GATED: of rows n and N + n, silu(the first) * the second."""
     rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     held_N = tl.minimum(rows_N, N - 1).to(tl.int64)
     cols_D = tl.arange(0, BLOCK_D)
@@ -53,7 +43,7 @@ def _one_token(
     sums_ND = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     squares_D = tl.zeros((BLOCK_D,), tl.float32)
     if GATED:
-        up_ND = w_ND + N.to(tl.int64) * w_stride
+        up_ND = w_ptr + (held_N + N)[:, None] * w_stride
         up_weight_ND = tl.load(up_ND + cols_D[None, :], mask=cols_D[None, :] < D, other=0.0, eviction_policy="evict_first")
         up_sums_ND = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     wait(PDL)
@@ -72,14 +62,6 @@ def _one_token(
             up_sums_ND += up_weight_ND.to(tl.float32) * x_D[None, :]
             up_weight_ND = ahead_ND
     launch_dependents(PDL)
-    if AHEAD > 0:
-        programs = tl.minimum(tl.num_programs(0), FETCHING)
-        program = tl.program_id(0) - (tl.num_programs(0) - programs)
-        if program >= 0:
-            if ahead_bytes > 0:
-                fetch(ahead_ptr.to(tl.int64), ahead_bytes, program, programs, AHEAD)
-            if further_bytes > 0:
-                fetch(further_ptr.to(tl.int64), further_bytes, program, programs, AHEAD)
     y_N = tl.sum(sums_ND, axis=1)
     if NORM:
         rms = tl.sqrt(tl.sum(squares_D, axis=0) / D + eps)
@@ -97,20 +79,14 @@ def _one_token(
     tl.store(out_ptr + rows_N, y_N.to(out_ptr.dtype.element_ty), mask=inside_N)
 
 
-def _fetchable(weight: Tensor, most: int) -> int:
-    """How many of its first bytes can be fetched."""
-    return min(weight.nbytes, most) // 512 * 512 if weight.is_contiguous() and weight.data_ptr() % 16 == 0 else 0
-
-
 def _blocks(rows: int, columns: int, gated: bool) -> tuple[int, int, int]:
-    """Rows of the weight, columns at a time and warps for one token: what was fastest on an H200 among some 40, for the shapes of
-    0.5B and 7B. Few rows leave most multiprocessors idle if many go together."""
+    """Rows of the weight, columns at a time and warps: what was fastest on an H200 among some 40 for the shapes of 0.5B and 7B
+    by themselves, for the smaller one in the graph of a step among a few. Few rows leave multiprocessors idle if many go
+    together."""
     if gated:
         return 8, 256, 2 if rows > 8192 else 4
-    if rows < 1024:
-        return (1, 1024, 8) if columns > 2048 else (2, 1024, 4)
     if rows < 2048:
-        return 2, 1024, 4
+        return (2, 1024, 8) if columns > 2048 else (4, 1024, 8)
     return (8, 512, 4) if rows > 4096 else (4, 1024, 4)
 
 
@@ -118,7 +94,7 @@ class OneToken:
     """y = norm(x) W^T + bias, or silu(gate) * up. weight [N, D] or, gated, [2 N, D]. For more tokens torch's product is as fast:
     4608 x 3584 by 8 tokens in 10.5 microseconds on an H200, this for one in 9.7."""
 
-    __slots__ = ("_ahead", "_bias", "_eps", "_flags", "_g", "_grid", "_outputs", "_shape", "_warps", "_weight")
+    __slots__ = ("_bias", "_eps", "_flags", "_g", "_grid", "_outputs", "_shape", "_warps", "_weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None, norm: Norm | None, gated: bool) -> None:
         assert weight.stride(1) == 1 or min(weight.shape) < 2, "a weight is row-major"
@@ -129,7 +105,6 @@ class OneToken:
         self._shape = (self._outputs, weight.shape[1], weight.stride(0))
         block_n, block_d, self._warps = _blocks(self._outputs, weight.shape[1], gated)
         self._grid = (triton.cdiv(self._outputs, block_n),)
-        self._ahead = (weight, 0, weight, 0)
         self._flags: dict[str, Any] = {
             "NORM": norm is not None,
             "BIAS": bias is not None,
@@ -138,29 +113,15 @@ class OneToken:
             "BLOCK_D": block_d,
         }
 
-    def fetching(self, weights: Sequence[Tensor]) -> None:
-        """Each call also begins to fetch these, which are read soon after, the first of them first: two at most, and what the
-        second-level cache has room for. Attention over a short context leaves the memory idle in between."""
-        regions, left = [], _AHEAD
-        for weight in weights[:2]:
-            bytes = _fetchable(weight, left)
-            regions.append((weight, bytes))
-            left -= bytes
-        (first, some), (second, more) = [*regions, (self._weight, 0)][:2]
-        self._ahead = (first, some, second, more)
-
     def __call__(self, x: Tensor, into: Tensor | None = None) -> Tensor:
         """y [1, N]; with `into` [1, N], contiguous: adds y to it and returns it."""
         out = x.new_empty(1, self._outputs) if into is None else into
         assert len(x) == len(out) == 1, (x.shape, out.shape)
         if self._outputs:
-            launch = options(x, self._warps, 1)
-            fetches = launch["PDL"] and self._ahead[1] + self._ahead[3] > 0  # cards that launch so can fetch
             _one_token[self._grid](
-                *(x, self._weight, self._bias, self._g, into, out, *self._shape, self._eps, *self._ahead),
+                *(x, self._weight, self._bias, self._g, into, out, *self._shape, self._eps),
                 **self._flags,
-                AHEAD=32 * self._warps if fetches else 0,
                 ADD=into is not None,
-                **launch,
+                **options(x, self._warps, 1),
             )
         return out

@@ -15,7 +15,7 @@ _LOGITS, _KEYS, _BEST = range(3)
 _LOGITS_FORM, _KEYS_FORM, _BEST_FORM = tl.constexpr(_LOGITS), tl.constexpr(_KEYS), tl.constexpr(_BEST)
 _NOWHERE = tl.constexpr(2**31 - 1)
 
-_ONE = (4, 512, 2)  # rows and columns at a time, warps; for one token
+_ONE = (16, 128, 2)  # rows and columns at a time, warps; for one token
 _SOME = {16: (64, 128, 4, 4), 32: (64, 128, 4, 4), 64: (64, 128, 4, 4), 128: (128, 64, 8, 3)}  # by tokens; and stages
 _MERGED = 16384  # candidates of a token that are looked at at a time
 
@@ -144,6 +144,24 @@ def _merge(keys_ptr, columns_ptr, value_ptr, column_ptr, B, BLOCK_B: tl.constexp
     most = tl.max(most_B, axis=0)
     tl.store(value_ptr + token, _value(most))
     tl.store(column_ptr + token, tl.min(tl.where(most_B == most, lowest_B, _NOWHERE), axis=0).to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["S"])
+def _follow(tokens_ptr, rows_ptr, last_ptr, out_ptr, S, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    at_S = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside_S = at_S < S
+    launch_dependents(PDL)
+    wait(PDL)
+    row_S = tl.load(rows_ptr + at_S, mask=inside_S, other=-1)
+    last_S = tl.load(last_ptr + row_S, mask=row_S >= 0, other=0)
+    given_S = tl.load(tokens_ptr + at_S, mask=inside_S, other=0)
+    tl.store(out_ptr + at_S, tl.where(row_S >= 0, last_S, given_S), mask=inside_S)
+
+
+def follow(tokens: Tensor, rows: Tensor, last: Tensor, out: Tensor) -> None:
+    """out[s] = last[rows[s]], or tokens[s] where rows[s] is below 0. All int64; tokens, rows, out [S]."""
+    block = min(1024, triton.next_power_of_2(len(out)))
+    _follow[(triton.cdiv(len(out), block),)](tokens, rows, last, out, len(out), BLOCK=block, **options(out, 1, 1))
 
 
 class VocabularyHead:

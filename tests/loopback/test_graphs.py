@@ -1,0 +1,162 @@
+"""Decode steps as CUDA graphs give what steps without them give: on a card the real ones, elsewhere a stand-in, under which
+kernels run in Triton's interpreter."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from batching_helper import VOCAB, Job, blocks_for, checkpoint, idle, random_jobs, serve
+from graph_helper import stand_in
+from torch import Tensor
+from triton_helper import DEVICE, few_programs
+
+from qtp import LLM, RequestOutput, SamplingParams
+from qtp.attention import triton_backend
+from qtp.config import EngineConfig
+from qtp.worker.graphs import DecodeGraphs, Found, buckets
+from qtp.worker.worker import Worker
+
+CUDA = DEVICE.type == "cuda"
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 64, 100, 511, 512, 513, 5000])
+def test_buckets(most: int) -> None:
+    found = buckets(most)
+    assert list(found) == sorted(set(found))
+    assert found[0] == 1
+    assert found[-1] == min(most, 512), "steps of more sequences go without graphs"
+    for count in range(1, found[-1] + 1):
+        size = next(size for size in found if size >= count)
+        assert size < 2 * count or size - count <= 15
+        assert size - count <= 15
+
+
+def test_buckets_are_few() -> None:
+    assert buckets(5) == (1, 2, 4, 5)
+    assert buckets(64) == (1, 2, 4, 8, 16, 32, 48, 64)
+    assert len(buckets(512)) == 36
+
+
+class Graphed(Worker):
+    """With kernels in Triton and graphs, though on a CPU."""
+
+    def __init__(self, config: EngineConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(replace(config, kernels="triton"), *args, **kwargs)
+
+    def _captured(self, config: EngineConfig) -> DecodeGraphs | None:
+        assert config.max_model_len is not None
+        return DecodeGraphs(
+            self.model,
+            buckets(config.max_num_seqs),
+            allowed=self.sampler.allowed_here,
+            blocks=self.num_kv_blocks,
+            block_size=config.block_size,
+            max_model_len=config.max_model_len,
+            device=self.device,
+            progress=lambda sizes: sizes,
+        )
+
+
+def an_llm(kind: str, **choices: Any) -> LLM:
+    settings = {"dtype": "float32", "max_num_seqs": 5, "max_num_batched_tokens": 16, "block_size": 4, "num_kv_blocks": 40}
+    settings |= {"device": DEVICE.type, "kernels": "triton" if CUDA else "torch", "load_tokenizer": False, "threads": 1}
+    return LLM(str(checkpoint(kind)), tp=1, **{**settings, **choices})
+
+
+Runs = list[tuple[int, bool]]
+
+
+@contextmanager
+def with_graphs(kind: str, **choices: Any) -> Iterator[tuple[LLM, Runs]]:
+    """An LLM, and of each step that ran in a graph how many sequences it had and whether it was greedy."""
+    runs: Runs = []
+    run = DecodeGraphs.run
+
+    def noted(self: DecodeGraphs, steps: Sequence[Any], greedy: bool) -> tuple[Tensor, Found | None]:
+        runs.append((len(steps), greedy))
+        return run(self, steps, greedy)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecodeGraphs, "run", noted)
+        if not CUDA:
+            few_programs(patch)
+            patch.setattr(triton_backend, "_SPLIT_TILE", 16)  # so that contexts are cut
+            patch.setattr(triton_backend, "_DECODE_TILE", 16)
+            patch.setattr("qtp.worker.ranks.Worker", Graphed)
+            stand_in(patch)
+        with an_llm(kind, **choices) as llm:
+            assert llm.ranks.worker.graphs is not None
+            yield llm, runs
+
+
+@contextmanager
+def without(kind: str, **choices: Any) -> Iterator[LLM]:
+    with an_llm(kind, enforce_eager=True, **choices) as llm:
+        assert llm.ranks.worker.graphs is None
+        yield llm
+
+
+def check(found: list[RequestOutput], wanted: list[RequestOutput]) -> None:
+    """The same tokens, and logprobs that float32 does not tell apart."""
+    for mine, other in zip(found, wanted, strict=True):
+        ours, theirs = mine.outputs[0], other.outputs[0]
+        assert (ours.token_ids, ours.finish_reason) == (theirs.token_ids, theirs.finish_reason)
+        for each in (ours.logprobs, theirs.logprobs):
+            assert each is None or len(each) == len(ours.token_ids)
+        for here, there in zip(ours.logprobs or (), theirs.logprobs or (), strict=True):
+            assert here.keys() == there.keys()
+            a, b = ([each[i].logprob for i in here] for each in (here, there))
+            torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-4, atol=1e-4)
+
+
+def shrinking(count: int, **params: Any) -> list[Job]:
+    """As many as a step has room for, which end one after the other."""
+    random = Random(3)
+    prompts = [[random.randrange(VOCAB) for _ in range(n)] for n in (3, 1, 2, 1, 21 if CUDA else 4)]
+    settings = {"temperature": 0.0, "ignore_eos": True, **params}
+    return [(ids, SamplingParams(max_tokens=3 + i, **settings)) for i, ids in enumerate(prompts[:count])]
+
+
+def mixed(count: int) -> list[Job]:
+    """Greedy, drawn, penalised, and such that tell probabilities."""
+    params: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.9, "seed": 5},
+        {"logprobs": 2},
+        {"temperature": 1.3, "seed": 6, "top_p": 0.8, "logprobs": 1},
+        {"repetition_penalty": 1.3},
+    ]
+    return [(ids, replace(job, **more)) for (ids, job), more in zip(shrinking(count), params, strict=False)]
+
+
+@pytest.mark.parametrize(("kind", "seqs"), [("sliding", 5), ("moe", 5 if CUDA else 3)])
+def test_batches_of_every_size(kind: str, seqs: int) -> None:
+    """Rows of a bucket that no sequence has make no difference, nor does what ran in it before."""
+    jobs = [shrinking(seqs), mixed(seqs), shrinking(seqs, temperature=0.7, seed=1)][: None if CUDA or kind == "sliding" else 1]
+    with without(kind, max_num_seqs=seqs) as llm:
+        wanted = [serve(llm, some) for some in jobs]
+    with with_graphs(kind, max_num_seqs=seqs) as (llm, runs):
+        for some, right in zip(jobs, wanted, strict=True):
+            check(serve(llm, some), right)
+        assert idle(llm)
+    sizes = set(range(1, seqs + 1))
+    assert {count for count, greedy in runs if greedy} == sizes
+    assert len(jobs) == 1 or {count for count, greedy in runs if not greedy} == sizes
+
+
+def test_sequences_that_come_at_any_time_and_are_preempted() -> None:
+    """Prefill beside decode goes without graphs, and blocks change hands between steps."""
+    random = Random(2)
+    jobs = random_jobs(random, 40 if CUDA else 4, 6, 30 if CUDA else 7)
+    choices = {"num_kv_blocks": blocks_for(jobs, 4) + 1}
+    with without("dense", **choices) as llm:
+        wanted = serve(llm, jobs, Random(1))
+    with with_graphs("dense", **choices) as (llm, runs):
+        check(serve(llm, jobs, Random(1)), wanted)
+        assert llm.engine.scheduler.preemptions > 0
+        assert idle(llm)
+    assert runs
