@@ -134,7 +134,7 @@ class TritonAttention:
             **options(qkv_THd, 1, 1),
         )
         attention.prefill[(len(tiles), self.heads)](
-            *(qkv_THd, keys, values, out_THd, tiles, tables.lens_S, tables.starts_S, tables.blocks, self._kv_of),
+            *(qkv_THd, keys, values, out_THd, tiles, tables.starts_S, tables.blocks, self._kv_of),
             *(*scales[:4], self._scale, qkv_THd.stride(0), self.heads, self.kv_heads, self.block_size, window or 0),
             **self._prefill,
             WINDOW=window is not None,

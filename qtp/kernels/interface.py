@@ -81,6 +81,11 @@ class Kernels(Protocol):
         """What is shown at start."""
         ...
 
+    @property
+    def waits(self) -> bool:
+        """Whether an op that was prepared waits for the device, so that no CUDA graph can hold it."""
+        ...
+
     @overload
     def linear(
         self,

@@ -41,6 +41,8 @@ class NativeKernels:
         assert why_not() is None, why_not()
         self._many = (_NEVER,) * 3 if deterministic else _MANY[native.isas()[-1]]
 
+    waits = True
+
     @property
     def name(self) -> str:
         return f"native ({native.isas()[-1]})"

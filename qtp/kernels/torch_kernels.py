@@ -17,7 +17,7 @@ from qtp.weights.quantized import W8A8FP8, W8A16, Float, Packed, Quantized, Weig
 
 
 class TorchKernels:
-    name = "torch"
+    name, waits = "torch", True
 
     def linear(
         self,

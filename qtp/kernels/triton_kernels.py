@@ -1,5 +1,6 @@
 """Kernels for CUDA devices: Triton's where reading a weight takes the time or several passes become one, torch's matrix product
-for several tokens. Nothing waits for the device, and nothing depends on values, so that a step can be captured in a CUDA graph.
+for several tokens. Nothing waits for the device, and nothing depends on values, so that a step can be captured in a CUDA graph;
+but for experts of types that `triton.experts` does not take (float8, W8A16 by group, W8A8SC), which are torch's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ class TritonKernels:
 
     def __init__(self, device: torch.device) -> None:
         self._torch, self._device = TorchKernels(), device
+        self.waits = False
 
     def linear(
         self,
@@ -75,6 +77,7 @@ class TritonKernels:
 
     def experts(self, experts: Mapping[int, Expert], leaves: Sequence[range] | None = None) -> Experts:
         if leaves is not None or not takes(experts):
+            self.waits = True
             return self._torch.experts(experts, leaves)
         return GroupedExperts(experts, self._device)
 
@@ -86,10 +89,8 @@ class _Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, norm: Norm | None, gated: bool = False) -> None:
         self._weight, self._bias, self._norm, self._gated = weight, bias, norm, gated
-        # before it is divided by its root mean square, x times the norm's weight may be too large for float16
-        fused = norm is not None and norm.bias is None and weight.dtype != torch.float16
-        self._before = None if fused else norm
-        self._one = OneToken(weight, bias, norm if fused else None, gated)
+        self._before = None if norm is None or norm.bias is None else norm  # which goes by itself
+        self._one = OneToken(weight, bias, norm if self._before is None else None, gated)
 
     def __call__(self, x: Tensor) -> Tensor:
         if len(x) == 1:

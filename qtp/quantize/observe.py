@@ -170,7 +170,7 @@ class WatchedKernels:
 
     def __init__(self, inner: Kernels, names: Mapping[int, str], see: See, probe: Collection[str] = ()) -> None:
         self._inner, self._names, self._see, self._probe = inner, names, see, probe
-        self.name = inner.name
+        self.name, self.waits = inner.name, inner.waits
 
     def linear(
         self,

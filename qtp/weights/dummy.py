@@ -1,6 +1,7 @@
 """Random weights in place of a checkpoint's, made on the device: what a run of a shape costs, without its files."""
 
 from collections.abc import Sequence
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -15,8 +16,12 @@ def dummy(specs: Sequence[Spec], rank: int, grid: Grid, dtype: torch.dtype, devi
     """The tensors of `rank` by `Spec.name`, as `load` gives them, of numbers that keep activations within bounds: norms about 1,
     all else small and none of it zero but the offsets of weights, which are symmetric unless one asks for more. Raises ValueError
     for a compressed weight, whose streams are not made of chance."""
-    generator = torch.Generator(device).manual_seed(rank)
-    return {spec.name: _random(spec, spec.shape(rank, grid), dtype, generator) for spec in specs}
+    tensors = {}
+    for spec in specs:
+        boxes = [part.split.box(part.shape, rank, grid) for part in spec.parts]  # ranks with the same one have the same numbers
+        generator = torch.Generator(device).manual_seed(crc32(f"{spec.name} {boxes}".encode()))
+        tensors[spec.name] = _random(spec, spec.shape(rank, grid), dtype, generator)
+    return tensors
 
 
 def _random(spec: Spec, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -113,6 +113,7 @@ class _Following:
 def serve(config: EngineConfig, model: ModelConfig, comm: Communicator, follower: Follower, pulse: Pulse, cores: str = "") -> int:
     """Reads this rank's weights and runs rank 0's plans until it says stop; the exit code, as in `follow`. cores: what it runs
     on, in words."""
+    worker = None
     try:
         worker = Worker(config, model, comm)
         follower.send(replace(worker.ready, cores=cores))
@@ -134,6 +135,9 @@ def serve(config: EngineConfig, model: ModelConfig, comm: Communicator, follower
             return 2
         tell(follower, comm.rank, f"{type(error).__name__}: {error}", details=traceback.format_exc())
         return 1
+    finally:
+        if worker is not None:
+            worker.graphs = None  # as in `Ranks.close`
 
 
 def tell(follower: Follower, rank: int, cause: str, *, details: str = "", user_error: bool = False) -> None:

@@ -132,6 +132,8 @@ class Ranks:
             if channel is not None:
                 within(_PATIENCE, lambda: _say_stop(channel))
                 channel.close()
+            if self.worker is not None:
+                self.worker.graphs = None  # nccl's communicators end only when no graph holds their work
             if self._comm is not None:  # before waiting: a rank in the midst of a collective ends with it
                 self._comm.close()
                 self._comm = None

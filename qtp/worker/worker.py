@@ -107,13 +107,16 @@ class Worker:
         del tensors, shard  # what kernels have brought into another form is not held twice while memory is measured
         self.graphs: DecodeGraphs | None = None
         self.num_kv_blocks = config.num_kv_blocks or self._grow(config, model_config.vocab_size)
-        self.graphs = self._captured(config)
+        self.graphs = self._captured(config, kernels)
         self.doing = STEPPING
 
-    def _captured(self, config: EngineConfig) -> DecodeGraphs | None:
+    def _captured(self, config: EngineConfig, kernels: Kernels) -> DecodeGraphs | None:
         """Graphs of decode steps where they can be had: Triton's kernels, and ranks that talk on the device or not at all."""
-        on_device = self.device.type == "cuda" and config.communicator in ("solo", "nccl")
-        if config.kernels != "triton" or not on_device or config.enforce_eager:
+        if config.kernels != "triton" or config.enforce_eager or not _stays_on_device(self.device, config):
+            return None
+        if kernels.waits:
+            if self.comm.rank == 0:
+                log.info("no CUDA graphs: experts of this type go one by one, and the host must know which of them in each step")
             return None
         assert config.max_model_len is not None
         self.doing = CAPTURING
@@ -153,6 +156,7 @@ class Worker:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Runs one step. Every rank must execute the same plans in the same order; rank 0's result is the one that counts."""
+        assert not self._begun, "a step was begun and left"
         self.begin(plan)
         return self.finish()
 
@@ -181,8 +185,10 @@ class Worker:
         if not chunks:
             return StepResult(step=plan.step)
         sequences = [self.sequences[chunk.seq_id] for chunk in chunks]
-        if self.graphs is not None and chunks[-1].count == 1 and len(chunks) <= self.graphs.most:
-            greedy = all(chunk.sample and s.sampling.only_best for chunk, s in zip(chunks, sequences, strict=True))
+        # one that samples nothing waits for nothing, and so might be followed by a step before its numbers are on the device
+        decodes = all(chunk.count == 1 and chunk.sample for chunk in chunks)
+        if self.graphs is not None and decodes and len(chunks) <= self.graphs.most:
+            greedy = all(s.sampling.only_best for s in sequences)
             hidden_TD, found = self.graphs.run(self._decodes(chunks), greedy)
             self._rows = {chunk.seq_id: row for row, chunk in enumerate(chunks)}
             if greedy and self.comm.size == 1:
@@ -248,6 +254,11 @@ class Worker:
             targets = s.token_ids[chunk.start + at + 1 : chunk.start + stop + 1]
             told += self.sampler.prompt_logprobs(self.model.logits(hidden_TD[first + at : first + stop]), targets, count)
         return told
+
+
+def _stays_on_device(device: torch.device, config: EngineConfig) -> bool:
+    """Whether a step is all the device's, what ranks tell each other included."""
+    return device.type == "cuda" and config.communicator in ("solo", "nccl")
 
 
 def _kernels(

@@ -9,10 +9,13 @@ values at the middle of the decode. --peers: transformers with a static cache an
 A model is a name of scripts/make_checkpoint.py, with -w8a8 or -fp8 behind it for these types.
 """
 
+if __name__ != "__main__":  # torch looks for a package of this name, and scripts of this folder import torch
+    raise ImportError("scripts/bench/cuda.py is a script")
+
 import sys
 from pathlib import Path
 
-sys.path.remove(str(Path(__file__).resolve().parent))  # where another collectives.py is, and torch looks for a package cuda
+sys.path.remove(str(Path(__file__).resolve().parent))  # where another collectives.py is
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse

@@ -4,6 +4,7 @@ kernels run in Triton's interpreter."""
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from batching_helper import VOCAB, Job, blocks_for, checkpoint, idle, random_jobs, serve
 from graph_helper import stand_in
+from quantized_helper import make
 from torch import Tensor
 from triton_helper import DEVICE, few_programs
 
@@ -21,6 +23,7 @@ from qtp.worker.graphs import DecodeGraphs, Found, buckets
 from qtp.worker.worker import Worker
 
 CUDA = DEVICE.type == "cuda"
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of rows that are idle
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 64, 100, 511, 512, 513, 5000])
@@ -42,36 +45,25 @@ def test_buckets_are_few() -> None:
 
 
 class Graphed(Worker):
-    """With kernels in Triton and graphs, though on a CPU."""
+    """With kernels in Triton, though on a CPU."""
 
     def __init__(self, config: EngineConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(replace(config, kernels="triton"), *args, **kwargs)
 
-    def _captured(self, config: EngineConfig) -> DecodeGraphs | None:
-        assert config.max_model_len is not None
-        return DecodeGraphs(
-            self.model,
-            buckets(config.max_num_seqs),
-            allowed=self.sampler.allowed_here,
-            blocks=self.num_kv_blocks,
-            block_size=config.block_size,
-            max_model_len=config.max_model_len,
-            device=self.device,
-            progress=lambda sizes: sizes,
-        )
 
-
-def an_llm(kind: str, **choices: Any) -> LLM:
+def an_llm(kind: str | Path, **choices: Any) -> LLM:
+    """Of a folder, or of one that `checkpoint` makes."""
     settings = {"dtype": "float32", "max_num_seqs": 5, "max_num_batched_tokens": 16, "block_size": 4, "num_kv_blocks": 40}
     settings |= {"device": DEVICE.type, "kernels": "triton" if CUDA else "torch", "load_tokenizer": False, "threads": 1}
-    return LLM(str(checkpoint(kind)), tp=1, **{**settings, **choices})
+    folder = kind if isinstance(kind, Path) else checkpoint(kind)
+    return LLM(str(folder), tp=1, **{**settings, **choices})
 
 
 Runs = list[tuple[int, bool]]
 
 
 @contextmanager
-def with_graphs(kind: str, **choices: Any) -> Iterator[tuple[LLM, Runs]]:
+def with_graphs(kind: str | Path, **choices: Any) -> Iterator[tuple[LLM, Runs]]:
     """An LLM, and of each step that ran in a graph how many sequences it had and whether it was greedy."""
     runs: Runs = []
     run = DecodeGraphs.run
@@ -87,9 +79,9 @@ def with_graphs(kind: str, **choices: Any) -> Iterator[tuple[LLM, Runs]]:
             patch.setattr(triton_backend, "_SPLIT_TILE", 16)  # so that contexts are cut
             patch.setattr(triton_backend, "_DECODE_TILE", 16)
             patch.setattr("qtp.worker.ranks.Worker", Graphed)
+            patch.setattr("qtp.worker.worker._stays_on_device", lambda *_: True)
             stand_in(patch)
         with an_llm(kind, **choices) as llm:
-            assert llm.ranks.worker.graphs is not None
             yield llm, runs
 
 
@@ -160,3 +152,13 @@ def test_sequences_that_come_at_any_time_and_are_preempted() -> None:
         assert llm.engine.scheduler.preemptions > 0
         assert idle(llm)
     assert runs
+
+
+def test_experts_that_ask_the_device_go_without_graphs(tmp_path: Path) -> None:
+    """Those in float8 are torch's, one by one."""
+    folder, ids, _ = make("qwen2_moe", "fp8", tmp_path)
+    with with_graphs(folder) as (llm, runs):
+        assert llm.ranks.worker.graphs is None
+        (output,) = llm.generate([ids[:3]], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
+        assert len(output.outputs[0].token_ids) == 2
+        assert not runs

@@ -66,7 +66,10 @@ def test_every_tensor_of_a_rank(family: str, dtype: torch.dtype, tmp_path: Path)
             assert (x != 0).all()
             near = 1.0 if "norm" in spec.name else 0.0
             assert ((x.float() - near).abs() < 0.2).all(), spec.name
-    first, again, second = (made(folder, rank, 2)["embed.weight"] for rank in (0, 0, 1))
+    ranks = [made(folder, rank, 2) for rank in (0, 0, 1)]
+    for name in ("layers.0.input_norm.weight", *(["layers.0.moe.router.weight"] if family == "qwen2_moe" else [])):
+        assert torch.equal(ranks[0][name], ranks[2][name]), f"{name} is the same on every rank"
+    first, again, second = (tensors["embed.weight"] for tensors in ranks)
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
 

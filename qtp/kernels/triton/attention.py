@@ -13,7 +13,7 @@ block_size, K, d] of one layer; slot s is row s of [blocks * block_size]. The bl
 import triton
 import triton.language as tl
 
-from qtp.kernels.triton.launch import dot, launch_dependents, wait
+from qtp.kernels.triton.launch import dot, int8_levels, launch_dependents, wait
 
 
 @triton.jit
@@ -23,25 +23,14 @@ def _turned(first, second, cos, sin, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _rounded(x):
-    """Half to even: adding 1.5 * 2^23 leaves no bits below 1."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def _to_int8(x, scale, offset):
-    return tl.minimum(tl.maximum(_rounded(x / scale + offset), -128.0), 127.0)
-
-
-@triton.jit
 def _coded(x, scale_ptr, offset_ptr, at, inside):
-    return _to_int8(x, tl.load(scale_ptr + at, mask=inside, other=1.0), tl.load(offset_ptr + at, mask=inside, other=0.0))
+    return int8_levels(x, tl.load(scale_ptr + at, mask=inside, other=1.0), tl.load(offset_ptr + at, mask=inside, other=0.0))
 
 
 @triton.jit
 def _query(query, scale, offset):
     """What a query reads as after its own rounding to int8 (FAQuant)."""
-    return (_to_int8(query, scale, offset) - offset) * scale
+    return (int8_levels(query, scale, offset) - offset) * scale
 
 
 @triton.jit
@@ -276,7 +265,7 @@ def turn_and_write(
 
 @triton.jit
 def prefill(
-    qkv_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, lens_ptr, starts_ptr, tables_ptr, kv_of_ptr,
+    qkv_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, starts_ptr, tables_ptr, kv_of_ptr,
     ks_ptr, ko_ptr, vs_ptr, vo_ptr, scale, qkv_stride, query_heads, kv_heads, block_size, window,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
     INT8: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,

@@ -15,7 +15,7 @@ and in it one thread, has both.
 import triton
 import triton.language as tl
 
-from qtp.kernels.triton.launch import dot, launch_dependents, wait
+from qtp.kernels.triton.launch import dot, int8_levels, launch_dependents, wait
 
 
 @triton.jit
@@ -279,7 +279,5 @@ def quantize(
     out_C = out_ptr + row.to(tl.int64) * C + at_C
     for start in range(0, C, BLOCK_C):
         value_C = tl.load(x_C + start, mask=at_C < C - start, other=0.0).to(tl.float32)
-        q_C = tl.div_rn(value_C, tl.zeros_like(value_C) + scale) + offset
-        q_C = tl.minimum(tl.maximum(q_C, -128.0), 127.0)
-        q_C = (q_C + 12582912.0) - 12582912.0  # 1.5 * 2^23, which leaves no bits below 1: rounded half to even
+        q_C = int8_levels(value_C, scale, offset)
         tl.store(out_C + start, q_C.to(tl.int8), mask=at_C < C - start)

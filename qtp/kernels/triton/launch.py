@@ -21,6 +21,14 @@ def dot(a, b, sums):
 
 
 @triton.jit
+def int8_levels(x, scale, offset):
+    """clamp(round(x / scale + offset)), half to even, of float32: `/` alone is not rounded to the nearest on a card, and a
+    float32 below 2^22 to which 1.5 * 2^23 is added has no bits left behind the point."""
+    levels = tl.minimum(tl.maximum(tl.math.div_rn(x, scale + tl.zeros_like(x)) + offset, -128.0), 127.0)
+    return (levels + 12582912.0) - 12582912.0
+
+
+@triton.jit
 def wait(PDL: tl.constexpr):
     """From here on, what the kernels before have written is there. Every kernel launched with PDL must call it in each of its
     programs, before it reads what a kernel wrote or writes anything: what comes before it may only read weights, and what lay on

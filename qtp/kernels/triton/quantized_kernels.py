@@ -6,20 +6,12 @@ T tokens, D input columns, N outputs, G groups of columns, of P each in a round.
 import triton
 import triton.language as tl
 
-from qtp.kernels.triton.launch import dot, launch_dependents, wait
+from qtp.kernels.triton.launch import dot, int8_levels, launch_dependents, wait
 
 INTEGER_FORM, GATED_FORM = tl.constexpr(1), tl.constexpr(2)  # of what comes out, as `quantized` says; 0: y
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-_WHOLE = tl.constexpr(12582912.0)  # 1.5 * 2^23: a small float32 to which it is added has no bits left behind the point
 _INT8 = tl.constexpr(127.0)
-
-
-@triton.jit
-def _to_int8(x, scale, offset):
-    """clamp(round(x / scale + offset)), half to even."""
-    levels = tl.minimum(tl.maximum(tl.math.div_rn(x, scale) + offset, -128.0), 127.0)
-    return ((levels + _WHOLE) - _WHOLE).to(tl.int8)
 
 
 @triton.jit
@@ -55,7 +47,7 @@ def quantize(
                 levels_D = tl.minimum(tl.maximum(tl.math.div_rn(x_D, scale), -LEVELS), LEVELS)
                 value_D = levels_D.to(tl.float8e4nv).to(out_ptr.dtype.element_ty)
             else:
-                value_D = _to_int8(x_D, scale, offset)
+                value_D = int8_levels(x_D, scale, offset).to(tl.int8)
             tl.store(out_ptr + token * D + at_D, value_D, mask=at_D < D)
 
 
@@ -157,7 +149,7 @@ def one_token(
     for first in range(0, (PHASE + D + GROUP - 1) // GROUP, BLOCK_G):
         x_GP = tl.load(x_ptr + at_GP, mask=inside_GP, other=0.0)
         if STATIC:
-            x_GP = _to_int8(x_GP.to(tl.float32), input_scale, input_offset)
+            x_GP = int8_levels(x_GP.to(tl.float32), input_scale, input_offset).to(tl.int8)
         next_groups_G, at_GP, inside_GP = _columns(first + BLOCK_G, D, GROUP, PHASE, BLOCK_G, BLOCK_P)
         next_w_NGP = tl.load(w_N11 + at_GP[None, :, :], mask=inside_GP[None, :, :], other=0.0)
         sums_NGS = _times_one(sums_NGS, w_NGP, x_GP, groups_G, held_N, scale_ptr, offset_ptr, groups, WHOLE, GROUPED)
