@@ -16,7 +16,7 @@ from collectives.tree import tree_sum
 from qtp.kernels.extension import native
 from qtp.kernels.interface import Cuts, Expert, Experts, Kernels, Norm, Op
 from qtp.kernels.torch_kernels import grouped, top
-from qtp.kernels.torch_quantized import Product, columns_of, expanded, first_leaf, leaves, token_maxima, token_scales, wide
+from qtp.kernels.torch_quantized import Product, expanded, leaves, leaves_of, side_by_side, token_maxima, token_scales, wide
 from qtp.weights.quantized import W8A8, W8A8FP8, W8A8SC, W8A16, Float, Packed, Quantized, Unscaled, W8A8Dynamic, Weight, row_part
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -35,7 +35,7 @@ def linear(
 ) -> Callable[[Tensor], Any]:
     """`Kernels.linear`, of `kernels` for the float parts."""
     if isinstance(weight, Packed):
-        return _Side([linear(kernels, part, norm=norm, cuts=cuts) for part in weight.parts], weight)
+        return side_by_side([linear(kernels, part, norm=norm, cuts=cuts) for part in weight.parts])
     if isinstance(weight, Float):
         return kernels.linear(weight.weight, weight.bias, norm=norm, cuts=cuts)
     if across is not None and not isinstance(weight, W8A8FP8 | W8A16):
@@ -56,7 +56,7 @@ def linear_leaves(kernels: Kernels, weight: Quantized | Packed, cuts: Cuts, acro
     if isinstance(whole, W8A8FP8):
         product = _fp8_product(kernels)
         return lambda x: leaves(whole, x, cuts, across, product)
-    handles = [Handle(leaf) for leaf in _leaves_of(whole, cuts)]
+    handles = [Handle(leaf) for leaf in leaves_of(whole, cuts)]
     outputs = weight.shape[0]
 
     def run(x: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def experts(kernels: Kernels, experts: Mapping[int, Expert], leaves: Sequence[ra
 def _wide(kernels: Kernels, weight: "Weight | Float") -> Op:
     """As `linear`, to float32."""
     if isinstance(weight, Packed):
-        return _Side([_wide(kernels, part) for part in weight.parts], weight)
+        return side_by_side([_wide(kernels, part) for part in weight.parts])
     if isinstance(weight, Float) and weight.bias is not None:
         product, bias = _wide(kernels, weight.weight), weight.bias.float()
         return lambda x: product(x).add_(bias)
@@ -114,31 +114,6 @@ def _wide(kernels: Kernels, weight: "Weight | Float") -> Op:
     if isinstance(weight, W8A8FP8):
         return _FP8(kernels, weight, dtype=torch.float32)
     return _Linear(weight, form=_FLOAT)
-
-
-def _leaves_of(weight: W8A8 | W8A8Dynamic | W8A16, cuts: Cuts) -> list[W8A8 | W8A8Dynamic | W8A16]:
-    """The columns of each leaf; of W8A8 only the first one has quant_bias."""
-    if isinstance(weight, W8A16):
-        return [columns_of(weight, a, b) for a, b in pairwise(cuts)]
-    pieces = [weight.weight[:, a:b] for a, b in pairwise(cuts)]
-    if isinstance(weight, W8A8Dynamic):
-        return [W8A8Dynamic(w, weight.weight_scale, None) for w in pieces]
-    biases = [torch.zeros_like(weight.quant_bias)] * len(pieces)
-    biases[first_leaf(cuts)] = weight.quant_bias
-    each = zip(pieces, biases, strict=True)
-    return [W8A8(w, weight.input_scale, weight.input_offset, bias, weight.deq_scale) for w, bias in each]
-
-
-class _Side:
-    """The outputs of ops side by side."""
-
-    __slots__ = ("_ops", "_weight")
-
-    def __init__(self, ops: Sequence[Op], weight: Packed) -> None:
-        self._ops, self._weight = ops, weight
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([op(x) for op in self._ops], dim=1)
 
 
 class _Linear:

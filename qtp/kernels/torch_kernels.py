@@ -42,7 +42,7 @@ class TorchKernels:
     ) -> Callable[[Tensor], Any]:
         if isinstance(weight, Packed):
             ops = [self._quantized(part, norm=norm, cuts=cuts, across=None) for part in weight.parts]
-            return lambda x: torch.cat([op(x) for op in ops], dim=1)
+            return torch_quantized.side_by_side(ops)
         if isinstance(weight, Float):
             return self.linear(weight.weight, weight.bias, norm=norm, cuts=cuts)
         weight, before = torch_quantized.expanded(weight), _identity if norm is None else self.rms_norm(norm.anti or norm)

@@ -3,7 +3,7 @@
 Integer sums are exact, floats are added in float32, and each result is rounded once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -162,6 +162,24 @@ def leaves(
     if isinstance(weight, W8A8):
         totals[first_leaf(cuts)] += weight.quant_bias
     return totals.float() * scale
+
+
+def leaves_of(weight: W8A8 | W8A8Dynamic | W8A8FP8 | W8A16, cuts: Cuts) -> list[W8A8 | W8A8Dynamic | W8A8FP8 | W8A16]:
+    """The columns of each leaf; of W8A8 only the first one has quant_bias."""
+    if isinstance(weight, W8A16):
+        return [columns_of(weight, a, b) for a, b in pairwise(cuts)]
+    pieces = [weight.weight[:, a:b] for a, b in pairwise(cuts)]
+    if not isinstance(weight, W8A8):
+        return [type(weight)(w, weight.weight_scale, None) for w in pieces]
+    biases = [torch.zeros_like(weight.quant_bias)] * len(pieces)
+    biases[first_leaf(cuts)] = weight.quant_bias
+    each = zip(pieces, biases, strict=True)
+    return [W8A8(w, weight.input_scale, weight.input_offset, bias, weight.deq_scale) for w, bias in each]
+
+
+def side_by_side(ops: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+    """The outputs of the parts of a packed weight, one behind the other."""
+    return lambda x: torch.cat([op(x) for op in ops], dim=1)
 
 
 def first_leaf(cuts: Cuts) -> int:

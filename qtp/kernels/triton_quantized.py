@@ -4,7 +4,7 @@ They give what `torch_quantized` gives, sums of integers bit for bit. Nothing he
 made. An op may run on one stream at a time. T tokens, D columns, N outputs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -16,12 +16,12 @@ from collectives.communicator import Communicator
 from collectives.tree import tree_sum
 from qtp.kernels.interface import Cuts, Kernels, Norm, Op
 from qtp.kernels.torch_quantized import (
-    columns_of,
     expanded,
-    first_leaf,
     fp8_product,
     fp8_token_scales,
     joint_maxima,
+    leaves_of,
+    side_by_side,
     to_fp8,
     token_maxima,
 )
@@ -47,7 +47,7 @@ def linear(
     """`Kernels.linear`, of `kernels` for norms and for float parts. before: is done to x in place of norm.anti, or of norm if it
     has none, by a caller who has something faster; float parts have `norm` still."""
     if isinstance(weight, Packed):
-        return _Side([linear(kernels, part, norm=norm, before=before, cuts=cuts) for part in weight.parts], weight)
+        return side_by_side([linear(kernels, part, norm=norm, before=before, cuts=cuts) for part in weight.parts])
     if isinstance(weight, Float):
         return kernels.linear(weight.weight, weight.bias, norm=norm, cuts=cuts)
     if before is None and norm is not None:
@@ -77,7 +77,7 @@ def linear_leaves(kernels: Kernels, weight: Quantized | Packed, cuts: Cuts, acro
         ops = [kernels.linear_leaves(row_part(part), cuts, across) for part in weight.parts]
         return lambda x: torch.cat([op(x) for op in ops], dim=2)
     row_part(weight)
-    products = [_Product(leaf) for leaf in _leaves_of(expanded(weight), cuts)]
+    products = [_Product(leaf) for leaf in leaves_of(expanded(weight), cuts)]
     outputs = weight.shape[0]
 
     def run(x: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class QuantizedHead:
 def wide(kernels: Kernels, weight: "Weight | Float") -> Op:
     """As `linear`, to float32."""
     if isinstance(weight, Packed):
-        return _Side([wide(kernels, part) for part in weight.parts], weight)
+        return side_by_side([wide(kernels, part) for part in weight.parts])
     if isinstance(weight, Float) and weight.bias is not None:
         product, bias = VocabularyHead(weight.weight).logits, weight.bias.float()
         return lambda x: product(x).add_(bias)
@@ -110,33 +110,8 @@ def wide(kernels: Kernels, weight: "Weight | Float") -> Op:
     return _Linear(weight, dtype=torch.float32)
 
 
-def _leaves_of(weight: W8A8 | W8A8Dynamic | W8A8FP8 | W8A16, cuts: Cuts) -> list[Quantized]:
-    """The columns of each leaf; of W8A8 only the first one has quant_bias."""
-    if isinstance(weight, W8A16):
-        return [columns_of(weight, a, b) for a, b in pairwise(cuts)]
-    pieces = [weight.weight[:, a:b] for a, b in pairwise(cuts)]
-    if not isinstance(weight, W8A8):
-        return [type(weight)(w, weight.weight_scale, None) for w in pieces]
-    biases = [torch.zeros_like(weight.quant_bias)] * len(pieces)
-    biases[first_leaf(cuts)] = weight.quant_bias
-    each = zip(pieces, biases, strict=True)
-    return [W8A8(w, weight.input_scale, weight.input_offset, bias, weight.deq_scale) for w, bias in each]
-
-
 def _maxima(x: Tensor, across: Communicator | None) -> Tensor:
     return joint_maxima(quantized.token_maxima(x), across)
-
-
-class _Side:
-    """The outputs of ops side by side."""
-
-    __slots__ = ("_ops", "_weight")
-
-    def __init__(self, ops: Sequence[Op], weight: Packed) -> None:
-        self._ops, self._weight = ops, weight
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([op(x) for op in self._ops], dim=1)
 
 
 class _Linear:
