@@ -26,6 +26,7 @@ _ROWS, _PREFILL_TILE = 128, 64
 _DECODE_TILE, _SPLIT_TILE = 128, 64  # tokens at a time: many sequences, and parts of few
 _PROGRAMS = 2 * 132  # that decoding should fill: two for each multiprocessor of an H100
 _MOST_SPLITS = 64
+_SPLIT_WARPS, _MERGE_WARPS = 4, 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,15 +114,15 @@ class TritonAttention:
             **self._decode,
             **flags,
             SPLIT=split,
-            **options(qkv_THd, 4, 2),
+            **options(qkv_THd, _SPLIT_WARPS if split else 4, 2),
         )
         if split:
-            attention.merge[(decodes, self.heads)](
+            attention.merge[(decodes, self.heads, 2)](
                 *(sums, stats, out_THd, tables.lens_S, self.heads, splits, window or 0),
                 **self._merge,
                 **flags,
                 SPLITS=triton.next_power_of_2(splits),
-                **options(qkv_THd, 4, 1),
+                **options(qkv_THd, _MERGE_WARPS, 1),
             )
 
     def _run_chunks(self, plan: _Plan, tiles: Tensor, layer: int, qkv_THd: Tensor, out_THd: Tensor, window: int | None) -> None:

@@ -19,7 +19,7 @@ from qtp.kernels.triton.experts import GroupedExperts, takes
 from qtp.kernels.triton.linear import OneToken
 from qtp.kernels.triton.norm import rms_norm, silu_and_mul
 from qtp.kernels.triton.vocabulary import VocabularyHead
-from qtp.weights.quantized import Weight
+from qtp.weights.quantized import Float, Packed, Weight
 
 
 class TritonKernels:
@@ -48,8 +48,10 @@ class TritonKernels:
         return _Linear(weight, bias, norm)
 
     def joining(self, weight: Weight) -> RowOp:
-        if not isinstance(weight, Tensor):
+        if isinstance(weight, Float | Packed):
             return self.linear(weight)
+        if not isinstance(weight, Tensor):
+            return triton_quantized.joining(weight)
         op = _Linear(weight, None, None)
         return lambda x: Deferred(lambda residual: op.added(x, residual))
 

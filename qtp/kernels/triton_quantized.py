@@ -14,7 +14,7 @@ from torch import Tensor
 
 from collectives.communicator import Communicator
 from collectives.tree import tree_sum
-from qtp.kernels.interface import Cuts, Kernels, Norm, Op
+from qtp.kernels.interface import Cuts, Deferred, Kernels, Norm, Op, RowOp
 from qtp.kernels.torch_quantized import (
     expanded,
     fp8_product,
@@ -26,12 +26,12 @@ from qtp.kernels.torch_quantized import (
     token_maxima,
 )
 from qtp.kernels.triton import quantized
-from qtp.kernels.triton.norm import silu_and_mul
-from qtp.kernels.triton.quantized import FP8_LEVELS, GATED, INT8_LEVELS, INTEGER, RUN, Matrix
+from qtp.kernels.triton.norm import rms_norm, silu_and_mul
+from qtp.kernels.triton.quantized import ADDED, FP8_LEVELS, GATED, INT8_LEVELS, INTEGER, RUN, Matrix
 from qtp.kernels.triton.vocabulary import VocabularyHead, top
 from qtp.weights.quantized import W8A8, W8A8FP8, W8A16, Float, Packed, Quantized, Unscaled, W8A8Dynamic, Weight, row_part
 
-FEW = 64  # tokens up to which reading the weight is what takes time
+FEW, FEW_FP8 = 64, 32  # tokens up to which reading the weight is what takes time; of torch's product of float8, fewer
 _TILE = 4096  # tokens whose sums are held in int32 at a time
 
 
@@ -40,35 +40,41 @@ def linear(
     weight: Quantized | Float | Packed,
     *,
     norm: Norm | None = None,
-    before: Op | None = None,
     cuts: Cuts | None = None,
     across: Communicator | None = None,
 ) -> Callable[[Tensor], Any]:
-    """`Kernels.linear`, of `kernels` for norms and for float parts. before: is done to x in place of norm.anti, or of norm if it
-    has none, by a caller who has something faster; float parts have `norm` still."""
+    """`Kernels.linear`, of `kernels` for float parts."""
     if isinstance(weight, Packed):
-        return side_by_side([linear(kernels, part, norm=norm, before=before, cuts=cuts) for part in weight.parts])
+        return side_by_side([linear(kernels, part, norm=norm, cuts=cuts) for part in weight.parts])
     if isinstance(weight, Float):
         return kernels.linear(weight.weight, weight.bias, norm=norm, cuts=cuts)
-    if before is None and norm is not None:
-        before = kernels.rms_norm(norm.anti or norm)
     if across is not None and not isinstance(weight, W8A8FP8 | W8A16):
-        return _Across(weight, before, across)
+        assert norm is None, "a row linear with a norm"
+        return _Across(weight, across)
     if cuts is None:
-        return _Linear(weight, before, across=across)
-    assert before is None, "a row linear with a norm"
+        return _Linear(weight, norm, across=across)
+    assert norm is None, "a row linear with a norm"
     parts = linear_leaves(kernels, weight, cuts, across)
     return lambda x: tree_sum(parts(x).unbind())
 
 
-def gated(kernels: Kernels, weight: Quantized | Packed, *, norm: Norm | None = None, before: Op | None = None) -> Op:
-    """`Kernels.gated`. before: see `linear`."""
+def joining(weight: Quantized) -> RowOp:
+    """`Kernels.joining`."""
+    product = _Product(weight)
+
+    def added(x: Tensor, residual: Tensor) -> Tensor:
+        product(x, residual, ADDED)
+        return residual
+
+    return lambda x: Deferred(lambda residual: added(x, residual))
+
+
+def gated(kernels: Kernels, weight: Quantized | Packed, *, norm: Norm | None = None) -> Op:
+    """`Kernels.gated`."""
     if isinstance(weight, Packed):
-        both = linear(kernels, weight, norm=norm, before=before)
+        both = linear(kernels, weight, norm=norm)
         return lambda x: silu_and_mul(both(x))
-    if before is None and norm is not None:
-        before = kernels.rms_norm(norm.anti or norm)
-    return _Linear(weight, before, GATED)
+    return _Linear(weight, norm, GATED)
 
 
 def linear_leaves(kernels: Kernels, weight: Quantized | Packed, cuts: Cuts, across: Communicator | None = None) -> Op:
@@ -117,39 +123,39 @@ def _maxima(x: Tensor, across: Communicator | None) -> Tensor:
 class _Linear:
     """y, or silu(gate) * up (form GATED), in `dtype` or that of x. across: the ranks over which W8A8FP8 takes maxima."""
 
-    __slots__ = ("_across", "_before", "_dtype", "_form", "_outputs", "_product")
+    __slots__ = ("_across", "_dtype", "_form", "_norm", "_outputs", "_product")
 
     def __init__(
         self,
         weight: Quantized,
-        before: Op | None = None,
+        norm: Norm | None = None,
         form: int = RUN,
         dtype: torch.dtype | None = None,
         across: Communicator | None = None,
     ) -> None:
-        self._product, self._before, self._form, self._dtype = _Product(weight), before, form, dtype
+        self._product, self._form, self._dtype = _Product(weight), form, dtype
+        self._norm = None if norm is None else norm.anti or norm
         self._across = across if isinstance(weight, W8A8FP8) and across is not None and across.size > 1 else None
+        assert self._across is None or norm is None, "a row linear with a norm"
         self._outputs = weight.shape[0] // (2 if form == GATED else 1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = x if self._before is None else self._before(x)
         out = x.new_empty(len(x), self._outputs, dtype=self._dtype)
-        self._product(x, out, self._form, None if self._across is None else _maxima(x, self._across))
+        self._product(x, out, self._form, None if self._across is None else _maxima(x, self._across), self._norm)
         return out
 
 
 class _Across:
     """A row linear in integers."""
 
-    __slots__ = ("_across", "_before", "_outputs", "_product", "_scale")
+    __slots__ = ("_across", "_outputs", "_product", "_scale")
 
-    def __init__(self, weight: Quantized, before: Op | None, across: Communicator) -> None:
+    def __init__(self, weight: Quantized, across: Communicator) -> None:
         row_part(weight)
-        self._product, self._before, self._across, self._outputs = _Product(weight), before, across, weight.shape[0]
+        self._product, self._across, self._outputs = _Product(weight), across, weight.shape[0]
         self._scale = self._product.matrix.scale
 
     def __call__(self, x: Tensor) -> Unscaled:
-        x = x if self._before is None else self._before(x)
         total = x.new_empty(len(x), self._outputs, dtype=torch.int32)
         maxima = _maxima(x, self._across) if self._product.levels else None
         scales = self._product(x, total, INTEGER, maxima)
@@ -159,7 +165,7 @@ class _Across:
 class _Product:
     """levels: of inputs that are quantized by each token's maximum, else 0. static: scale and offset of those that are not."""
 
-    __slots__ = ("_arrived", "_wide", "levels", "matrix", "static")
+    __slots__ = ("_arrived", "_wide", "_words", "levels", "matrix", "static")
 
     def __init__(self, given: Quantized) -> None:
         weight = expanded(given)
@@ -179,28 +185,33 @@ class _Product:
                 self._wide = weight
         else:
             self.matrix = _matrix(weight)
-        self._arrived = torch.zeros(-(-w.shape[0] // 64), dtype=torch.int32, device=w.device)
+        self._words = quantized.has_words(self.matrix)
+        self._arrived = torch.zeros(-(-w.shape[0] // 32), dtype=torch.int32, device=w.device)
 
-    def __call__(self, x: Tensor, out: Tensor, form: int, maxima: Tensor | None = None) -> Tensor | None:
-        """x [T, D], whose rows may lie apart, to out [T, N], int32 if the form is INTEGER. maxima [T] float32: max |x| of each
-        token over more columns than these. Returns the scales of tokens, [T] float32, if they have such."""
+    def __call__(
+        self, x: Tensor, out: Tensor, form: int, maxima: Tensor | None = None, norm: Norm | None = None
+    ) -> Tensor | None:
+        """norm(x), x [T, D], whose rows may lie apart, to out [T, N], int32 if the form is INTEGER. maxima [T] float32: max |x|
+        of each token over more columns than these. Returns the scales of tokens, [T] float32, if they have such."""
         assert x.shape[1] == self.matrix.weight.shape[1], (x.shape, self.matrix.weight.shape)
         assert x.stride(1) == 1 or min(x.shape) < 2, "x is row-major"
-        tokens, static = len(x), self.static
+        tokens = len(x)
         if self._wide is not None:
-            _by_torch(self._wide, x, out, form, maxima)
+            _by_torch(self._wide, x if norm is None else rms_norm(x, norm), out, form, maxima)
             return None
-        x_q, scales = x, None
-        if static is not None and tokens != 1:
-            x_q, _ = quantized.quantized(x, 0.0, torch.int8, *static)
+        scales = None
+        if self.static is not None:
+            x_q, _ = quantized.quantized(x, 0.0, torch.int8, *self.static, norm=norm)
         elif self.levels:
-            many = tokens > FEW and _fits_scaled_mm(self.matrix, out)
+            many = tokens > FEW_FP8 and _fits_scaled_mm(self.matrix, out)
             kind = torch.int8 if self.matrix.integer else torch.float8_e4m3fn if many else torch.float16
-            x_q, scales = quantized.quantized(x, self.levels, kind, maxima=maxima)
+            x_q, scales = quantized.quantized(x, self.levels, kind, maxima=maxima, norm=norm)
+        else:
+            x_q = x if norm is None else rms_norm(x, norm)
         if not tokens or not out.shape[1]:
             return scales
-        if tokens == 1:
-            quantized.one_token(x_q, self.matrix, out, form, scales, static)
+        if tokens == 1 and self._words:
+            quantized.one_token(x_q, self.matrix, out, form, scales)
         elif tokens > FEW and self.matrix.integer and _fits_int_mm(self.matrix.weight):
             self._by_int_mm(x_q, out, form, scales)
         elif x_q.dtype == torch.float8_e4m3fn:
@@ -228,6 +239,13 @@ class _Product:
         y = torch._scaled_mm(
             *(x_q, matrix.weight.t(), scales[:, None], matrix.scale[None, :]), bias=matrix.bias, out_dtype=out.dtype
         )
+        _give(y, out, form)
+
+
+def _give(y: Tensor, out: Tensor, form: int) -> None:
+    if form == ADDED:
+        out.add_(y)
+    else:
         out.copy_(silu_and_mul(y) if form == GATED else y)
 
 
@@ -247,7 +265,7 @@ def _by_torch(weight: W8A8FP8, x: Tensor, out: Tensor, form: int, maxima: Tensor
     y = fp8_product(to_fp8(x, scale_T1), weight.weight) * (scale_T1 * weight.weight_scale)
     if weight.bias is not None:
         y += weight.bias.float()
-    out.copy_(silu_and_mul(y) if form == GATED else y)
+    _give(y, out, form)
 
 
 @cache

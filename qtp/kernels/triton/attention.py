@@ -73,6 +73,46 @@ def _clear(out_ptr, group, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP: t
 
 
 @triton.jit
+def _tile(
+    keys_ptr, values_ptr, table_ptr, start, end, k, kv_heads, block_size,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Both halves of the keys and of the values of cached tokens start ... start + TILE - 1 that come before `end`."""
+    at_E, at_L = tl.arange(0, HALF), start + tl.arange(0, TILE)
+    seen_L = at_L < end
+    blocks_L = tl.load(table_ptr + at_L // block_size, mask=seen_L, other=0).to(tl.int64)
+    rows_L = ((blocks_L * block_size + at_L % block_size) * kv_heads + k) * HEAD_DIM
+    place_LE = rows_L[:, None] + at_E[None, :]
+    seen_LE = seen_L[:, None] & (at_E < HEAD_DIM // 2)[None, :]
+    k1_LE = tl.load(keys_ptr + place_LE, mask=seen_LE, other=0)
+    k2_LE = tl.load(keys_ptr + place_LE + HEAD_DIM // 2, mask=seen_LE, other=0)
+    v1_LE = tl.load(values_ptr + place_LE, mask=seen_LE, other=0)
+    v2_LE = tl.load(values_ptr + place_LE + HEAD_DIM // 2, mask=seen_LE, other=0)
+    return k1_LE, k2_LE, v1_LE, v2_LE
+
+
+@triton.jit
+def _attend(
+    tile, low1_GE, low2_GE, zero_G, seen_L, scale, most_G, sum_G, o1_GE, o2_GE,
+    GROUP: tl.constexpr, TILE: tl.constexpr, INT8: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The running maximum, sum and output with the tokens of a `_tile`."""
+    k1_LE, k2_LE, v1_LE, v2_LE = tile
+    if INT8:
+        k1_LE, k2_LE = k1_LE.to(tl.float32).to(DTYPE), k2_LE.to(tl.float32).to(DTYPE)
+        v1_LE, v2_LE = v1_LE.to(tl.float32).to(DTYPE), v2_LE.to(tl.float32).to(DTYPE)
+    score_GL = dot(low2_GE, tl.trans(k2_LE), dot(low1_GE, tl.trans(k1_LE), tl.zeros((GROUP, TILE), tl.float32)))
+    score_GL = tl.where(seen_L[None, :], score_GL * scale + zero_G[:, None], float("-inf"))
+    more_G = tl.maximum(most_G, tl.max(score_GL, axis=1))
+    p_GL = tl.exp2(score_GL - more_G[:, None]).to(DTYPE)
+    fade_G = tl.exp2(most_G - more_G)
+    sum_G = sum_G * fade_G + tl.sum(p_GL.to(tl.float32), axis=1)
+    o1_GE = dot(p_GL, v1_LE, o1_GE * fade_G[:, None])
+    o2_GE = dot(p_GL, v2_LE, o2_GE * fade_G[:, None])
+    return more_G, sum_G, o1_GE, o2_GE
+
+
+@triton.jit
 def decode(
     qkv_ptr, keys_ptr, values_ptr, out_ptr, sums_ptr, stats_ptr, lens_ptr, starts_ptr, tables_ptr, cos_ptr, sin_ptr,
     heads_ptr,
@@ -97,13 +137,15 @@ def decode(
         oldest = tl.maximum(before + 1 - window, 0)
     share = tl.cdiv(tl.cdiv(before - oldest, splits), TILE) * TILE
     begin = oldest + split * share
+    end = tl.minimum(begin + share, before)
     new_block = tl.load(table_ptr + tl.maximum(before, 0) // block_size).to(tl.int64)
     launch_dependents(PDL)
+    if SPLIT:
+        first_tile = _tile(keys_ptr, values_ptr, table_ptr, begin, end, k, kv_heads, block_size, HEAD_DIM, HALF, TILE)
     wait(PDL)
     if not SPLIT and before < 0:
         _clear(out_ptr + (s.to(tl.int64) * query_heads + first) * HEAD_DIM, group, HEAD_DIM, 2 * HALF, GROUP)
     if (before >= 0) & ((split == 0) | (begin < before)):
-        end = tl.minimum(begin + share, before)
         at_E, at_G, at_L = tl.arange(0, HALF), tl.arange(0, GROUP), tl.arange(0, TILE)
         inside_E, inside_G = at_E < HEAD_DIM // 2, at_G < group
         cos_E = tl.load(cos_ptr + s * (HEAD_DIM // 2) + at_E, mask=inside_E, other=0.0).to(DTYPE).to(tl.float32)
@@ -147,29 +189,15 @@ def decode(
             sum_G += 1.0
             o1_GE += v1_E[None, :]
             o2_GE += v2_E[None, :]
-        for start in range(begin, end, TILE):
-            at = start + at_L
-            seen_L = at < end
-            blocks_L = tl.load(table_ptr + at // block_size, mask=seen_L, other=0).to(tl.int64)
-            rows_L = ((blocks_L * block_size + at % block_size) * kv_heads + k) * HEAD_DIM
-            place_LE = rows_L[:, None] + at_E[None, :]
-            seen_LE = seen_L[:, None] & inside_E[None, :]
-            k1_LE = tl.load(keys_ptr + place_LE, mask=seen_LE, other=0)
-            k2_LE = tl.load(keys_ptr + place_LE + HEAD_DIM // 2, mask=seen_LE, other=0)
-            v1_LE = tl.load(values_ptr + place_LE, mask=seen_LE, other=0)
-            v2_LE = tl.load(values_ptr + place_LE + HEAD_DIM // 2, mask=seen_LE, other=0)
-            if INT8:
-                k1_LE, k2_LE = k1_LE.to(tl.float32).to(DTYPE), k2_LE.to(tl.float32).to(DTYPE)
-                v1_LE, v2_LE = v1_LE.to(tl.float32).to(DTYPE), v2_LE.to(tl.float32).to(DTYPE)
-            score_GL = dot(low2_GE, tl.trans(k2_LE), dot(low1_GE, tl.trans(k1_LE), tl.zeros((GROUP, TILE), tl.float32)))
-            score_GL = tl.where(seen_L[None, :], score_GL * scale + zero_G[:, None], float("-inf"))
-            more_G = tl.maximum(most_G, tl.max(score_GL, axis=1))
-            p_GL = tl.exp2(score_GL - more_G[:, None]).to(DTYPE)
-            fade_G = tl.exp2(most_G - more_G)
-            sum_G = sum_G * fade_G + tl.sum(p_GL.to(tl.float32), axis=1)
-            o1_GE = dot(p_GL, v1_LE, o1_GE * fade_G[:, None])
-            o2_GE = dot(p_GL, v2_LE, o2_GE * fade_G[:, None])
-            most_G = more_G
+        if SPLIT and begin < end:
+            most_G, sum_G, o1_GE, o2_GE = _attend(
+                first_tile, low1_GE, low2_GE, zero_G, begin + at_L < end, scale, most_G, sum_G, o1_GE, o2_GE, GROUP, TILE, INT8, DTYPE
+            )
+        for start in range(begin + TILE if SPLIT else begin, end, TILE):
+            tile = _tile(keys_ptr, values_ptr, table_ptr, start, end, k, kv_heads, block_size, HEAD_DIM, HALF, TILE)
+            most_G, sum_G, o1_GE, o2_GE = _attend(
+                tile, low1_GE, low2_GE, zero_G, start + at_L < end, scale, most_G, sum_G, o1_GE, o2_GE, GROUP, TILE, INT8, DTYPE
+            )
         if INT8:
             o1_GE -= sum_G[:, None] * tl.load(vo_ptr + scale_row + at_E, mask=inside_E, other=0.0)[None, :]
             o2_GE -= sum_G[:, None] * tl.load(vo_ptr + scale_row + HEAD_DIM // 2 + at_E, mask=inside_E, other=0.0)[None, :]
@@ -196,8 +224,9 @@ def merge(
     HEAD_DIM: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """The parts that `decode` left of sequence `program 0` and head `program 1`, to out [S, H, d]. SPLITS >= splits."""
-    s, h = tl.program_id(0), tl.program_id(1)
+    """The parts that `decode` left of sequence `program 0`, head `program 1` and half `program 2` of its columns, to out
+    [S, H, d]. SPLITS >= splits."""
+    s, h, half = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     at_P, at_E = tl.arange(0, SPLITS), tl.arange(0, HALF)
     inside_E = at_E < HEAD_DIM // 2
     before = tl.load(lens_ptr + s).to(tl.int32) - 1
@@ -213,14 +242,12 @@ def merge(
     most_P = tl.load(stats_ptr + 2 * part_P, mask=there_P, other=float("-inf"))
     sum_P = tl.load(stats_ptr + 2 * part_P + 1, mask=there_P, other=0.0)
     weight_P = tl.where(there_P, tl.exp2(most_P - tl.max(most_P, axis=0)), 0.0)
-    place_PE = sums_ptr + part_P[:, None] * (2 * HALF) + at_E[None, :]
-    inside_PE = there_P[:, None] & inside_E[None, :]
-    o1_E = tl.sum(tl.load(place_PE, mask=inside_PE, other=0.0) * weight_P[:, None], axis=0)
-    o2_E = tl.sum(tl.load(place_PE + HALF, mask=inside_PE, other=0.0) * weight_P[:, None], axis=0)
+    place_PE = sums_ptr + (2 * part_P + half)[:, None] * HALF + at_E[None, :]
+    parts_PE = tl.load(place_PE, mask=there_P[:, None] & inside_E[None, :], other=0.0)
+    out_E = tl.sum(parts_PE * weight_P[:, None], axis=0)
     total = tl.where(before >= 0, tl.sum(sum_P * weight_P, axis=0), 1.0)
-    kind = out_ptr.dtype.element_ty
-    tl.store(out_ptr + row * HEAD_DIM + at_E, (o1_E / total).to(kind), mask=inside_E)
-    tl.store(out_ptr + row * HEAD_DIM + HEAD_DIM // 2 + at_E, (o2_E / total).to(kind), mask=inside_E)
+    place_E = out_ptr + row * HEAD_DIM + half * (HEAD_DIM // 2) + at_E
+    tl.store(place_E, (out_E / total).to(out_ptr.dtype.element_ty), mask=inside_E)
 
 
 @triton.jit

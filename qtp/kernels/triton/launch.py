@@ -29,6 +29,18 @@ def int8_levels(x, scale, offset):
 
 
 @triton.jit
+def dot4(a, b, sums):
+    """sums + the products of the four int8 that each int32 of a and b holds, in int32."""
+    if _INTERPRETED:
+        for i in tl.static_range(4):
+            sums += ((a << (24 - 8 * i)) >> 24) * ((b << (24 - 8 * i)) >> 24)
+        return sums
+    return tl.inline_asm_elementwise(
+        "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, sums], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def wait(PDL: tl.constexpr):
     """From here on, what the kernels before have written is there. Every kernel launched with PDL must call it in each of its
     programs, before it reads what a kernel wrote or writes anything: what comes before it may only read weights, and what lay on

@@ -15,6 +15,22 @@ from qtp.kernels.triton.launch import launch_dependents, options, wait
 
 
 @triton.jit
+def _read(w_N1, at_D, D):
+    return tl.load(w_N1 + at_D[None, :], mask=at_D[None, :] < D, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _input(x_ptr, g_ptr, at_D, D, NORM: tl.constexpr):
+    """x, with the factors of a norm, and its squares where there is one: [1, BLOCK_D], as rows of the weight lie."""
+    at_1D = at_D[None, :]
+    x_1D = tl.load(x_ptr + at_1D, mask=at_1D < D, other=0.0).to(tl.float32)
+    squares_1D = x_1D * x_1D
+    if NORM:
+        x_1D *= tl.load(g_ptr + at_1D, mask=at_1D < D, other=0.0).to(tl.float32)
+    return x_1D, squares_1D
+
+
+@triton.jit
 def _one_token(
     x_ptr,
     w_ptr,
@@ -32,39 +48,52 @@ def _one_token(
     ADD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    AHEAD: tl.constexpr,
+    WHOLE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out[n] = (add[n] +) sum_d w[n, d] norm(x)[d] (+ bias[n]); GATED: of rows n and N + n, silu(the first) * the second."""
+    """out[n] = (add[n] +) sum_d w[n, d] norm(x)[d] (+ bias[n]); GATED: of rows n and N + n, silu(the first) * the second.
+
+    AHEAD blocks of each row are fetched before x is waited for, and then so many ahead of their use; WHOLE: these are all."""
     rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     held_N = tl.minimum(rows_N, N - 1).to(tl.int64)
     cols_D = tl.arange(0, BLOCK_D)
-    w_ND = w_ptr + held_N[:, None] * w_stride
-    weight_ND = tl.load(w_ND + cols_D[None, :], mask=cols_D[None, :] < D, other=0.0, eviction_policy="evict_first")
-    sums_ND = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    squares_D = tl.zeros((BLOCK_D,), tl.float32)
-    if GATED:
-        up_ND = w_ptr + (held_N + N)[:, None] * w_stride
-        up_weight_ND = tl.load(up_ND + cols_D[None, :], mask=cols_D[None, :] < D, other=0.0, eviction_policy="evict_first")
-        up_sums_ND = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    wait(PDL)
-    for start in range(0, D, BLOCK_D):
-        at_D = start + cols_D
-        x_D = tl.load(x_ptr + at_D, mask=at_D < D, other=0.0).to(tl.float32)
-        if NORM:
-            squares_D += x_D * x_D
-            x_D *= tl.load(g_ptr + at_D, mask=at_D < D, other=0.0).to(tl.float32)
-        next_D = at_D + BLOCK_D
-        ahead_ND = tl.load(w_ND + next_D[None, :], mask=next_D[None, :] < D, other=0.0, eviction_policy="evict_first")
-        sums_ND += weight_ND.to(tl.float32) * x_D[None, :]
-        weight_ND = ahead_ND
+    w_N1 = w_ptr + held_N[:, None] * w_stride
+    up_N1 = w_ptr + (held_N + N)[:, None] * w_stride
+    w_NDs, up_NDs = (), ()
+    for i in tl.static_range(AHEAD):
+        w_NDs = w_NDs + (_read(w_N1, i * BLOCK_D + cols_D, D),)
         if GATED:
-            ahead_ND = tl.load(up_ND + next_D[None, :], mask=next_D[None, :] < D, other=0.0, eviction_policy="evict_first")
-            up_sums_ND += up_weight_ND.to(tl.float32) * x_D[None, :]
-            up_weight_ND = ahead_ND
-    launch_dependents(PDL)
+            up_NDs = up_NDs + (_read(up_N1, i * BLOCK_D + cols_D, D),)
+    if WHOLE:
+        launch_dependents(PDL)
+    sums_ND = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    up_sums_ND = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    squares_1D = tl.zeros((1, BLOCK_D), tl.float32)
+    wait(PDL)
+    if WHOLE:
+        for i in tl.static_range(AHEAD):
+            x_1D, more_1D = _input(x_ptr, g_ptr, i * BLOCK_D + cols_D, D, NORM)
+            squares_1D += more_1D
+            sums_ND += w_NDs[i].to(tl.float32) * x_1D
+            if GATED:
+                up_sums_ND += up_NDs[i].to(tl.float32) * x_1D
+    else:
+        for start in range(0, D, BLOCK_D):
+            x_1D, more_1D = _input(x_ptr, g_ptr, start + cols_D, D, NORM)
+            squares_1D += more_1D
+            next_D = start + AHEAD * BLOCK_D + cols_D
+            ahead_ND = _read(w_N1, next_D, D)
+            sums_ND += w_NDs[0].to(tl.float32) * x_1D
+            w_NDs = w_NDs[1:] + (ahead_ND,)
+            if GATED:
+                ahead_ND = _read(up_N1, next_D, D)
+                up_sums_ND += up_NDs[0].to(tl.float32) * x_1D
+                up_NDs = up_NDs[1:] + (ahead_ND,)
+        launch_dependents(PDL)
     y_N = tl.sum(sums_ND, axis=1)
     if NORM:
-        rms = tl.sqrt(tl.sum(squares_D, axis=0) / D + eps)
+        rms = tl.sqrt(tl.sum(squares_1D, axis=1) / D + eps)
         y_N /= rms
     inside_N = rows_N < N
     if BIAS:
@@ -79,15 +108,18 @@ def _one_token(
     tl.store(out_ptr + rows_N, y_N.to(out_ptr.dtype.element_ty), mask=inside_N)
 
 
-def _blocks(rows: int, columns: int, gated: bool) -> tuple[int, int, int]:
-    """Rows of the weight, columns at a time and warps: what was fastest on an H200 among some 40 for the shapes of 0.5B and 7B
-    by themselves, for the smaller one in the graph of a step among a few. Few rows leave multiprocessors idle if many go
-    together."""
+_HELD = 1 << 25  # bytes of weights that the registers of a card can hold
+
+
+def _blocks(rows: int, columns: int, gated: bool) -> tuple[int, int, int, int]:
+    """Rows of the weight, columns at a time, warps, and blocks ahead: what was fastest on an H200 among some 40 for the shapes
+    of 0.5B and 7B by themselves, for the smaller one in the graph of a step among a few. Few rows leave multiprocessors idle if
+    many go together."""
     if gated:
-        return 8, 256, 2 if rows > 8192 else 4
+        return 8, 256, 2 if rows > 8192 else 4, 1
     if rows < 2048:
-        return (2, 1024, 8) if columns > 2048 else (4, 1024, 8)
-    return (8, 512, 4) if rows > 4096 else (4, 1024, 4)
+        return (2, 1024, 8, 1) if columns > 2048 else (4, 1024, 8, 1)
+    return (8, 512, 4, 1) if rows > 4096 else (4, 1024, 4, 1)
 
 
 class OneToken:
@@ -103,7 +135,8 @@ class OneToken:
         self._g = None if norm is None else norm.weight
         self._eps = 0.0 if norm is None else norm.eps
         self._shape = (self._outputs, weight.shape[1], weight.stride(0))
-        block_n, block_d, self._warps = _blocks(self._outputs, weight.shape[1], gated)
+        block_n, block_d, self._warps, ahead = _blocks(self._outputs, weight.shape[1], gated)
+        rounds = triton.cdiv(weight.shape[1], block_d)
         self._grid = (triton.cdiv(self._outputs, block_n),)
         self._flags: dict[str, Any] = {
             "NORM": norm is not None,
@@ -111,6 +144,8 @@ class OneToken:
             "GATED": gated,
             "BLOCK_N": block_n,
             "BLOCK_D": block_d,
+            "AHEAD": min(ahead, rounds),
+            "WHOLE": ahead >= rounds,
         }
 
     def __call__(self, x: Tensor, into: Tensor | None = None) -> Tensor:

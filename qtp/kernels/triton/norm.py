@@ -10,18 +10,28 @@ from qtp.kernels.triton.launch import launch_dependents, options, wait
 
 
 @triton.jit
+def normed(x_D, g_D, bias_D, D, eps, BIAS: tl.constexpr):
+    """A row after RMSNorm (interface.Norm), in its dtype."""
+    x32_D = x_D.to(tl.float32)
+    whole_D = (x32_D * (1.0 / tl.sqrt(tl.sum(x32_D * x32_D, axis=0) / D + eps))).to(x_D.dtype)
+    y_D = whole_D.to(tl.float32) * g_D.to(tl.float32)
+    if BIAS:
+        y_D += bias_D.to(tl.float32)
+    return y_D.to(x_D.dtype)
+
+
+@triton.jit
 def _rms_norm(x_ptr, g_ptr, bias_ptr, out_ptr, D, x_stride, eps, BIAS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
     row, at_D = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
     inside_D = at_D < D
     g_D = tl.load(g_ptr + at_D, mask=inside_D, other=0.0)
     launch_dependents(PDL)
     wait(PDL)
-    x_D = tl.load(x_ptr + row * x_stride + at_D, mask=inside_D, other=0.0).to(tl.float32)
-    normed_D = x_D * (1.0 / tl.sqrt(tl.sum(x_D * x_D, axis=0) / D + eps))
-    y_D = normed_D.to(out_ptr.dtype.element_ty).to(tl.float32) * g_D.to(tl.float32)
+    bias_D = g_D
     if BIAS:
-        y_D += tl.load(bias_ptr + at_D, mask=inside_D, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * D + at_D, y_D.to(out_ptr.dtype.element_ty), mask=inside_D)
+        bias_D = tl.load(bias_ptr + at_D, mask=inside_D, other=0.0)
+    x_D = tl.load(x_ptr + row * x_stride + at_D, mask=inside_D, other=0.0)
+    tl.store(out_ptr + row * D + at_D, normed(x_D, g_D, bias_D, D, eps, BIAS), mask=inside_D)
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """Products with weights of 8 bits, and what quantizes their inputs. T tokens, D input columns, N outputs, G groups of columns.
 
-Integer sums are exact; floats are added in float32 and rounded once. A weight is read once for as many tokens as `_BLOCK_T` says.
+Integer sums are exact; floats are added in float32 and rounded once. A weight is read once for as many tokens as `_BLOCK_T`
+says.
 """
 
 from dataclasses import dataclass
@@ -9,19 +10,22 @@ import torch
 import triton
 from torch import Tensor
 
+from qtp.kernels.interface import Norm
 from qtp.kernels.triton import quantized_kernels as kernels
 from qtp.kernels.triton.launch import options
 
-RUN, INTEGER, GATED = range(3)  # what comes out: y in the dtype of `out`; the sums in int32; silu(gate) * up
+# What comes out: y in the dtype of `out`; the sums in int32; silu(gate) * up; y added to what `out` holds.
+RUN, INTEGER, GATED, ADDED = range(4)
 INT8_LEVELS, FP8_LEVELS = 127.0, 448.0
 
-_ONE = (8192, 8)  # elements of the weight at a time, and warps, for one token
-_LEAST, _AT_ONCE = 264, 396  # programs that keep all of a card busy; of `some_tokens`, that run at a time
+_AT_ONCE = 396  # programs of `some_tokens` that run at a time
 _BLOCK_T = (16, 32, 64, 128)
-# By _BLOCK_T: rows of the weight, columns at a time, warps, stages.
-_SOME = {16: (64, 256, 4, 4), 32: (64, 256, 4, 4), 64: (64, 128, 4, 4), 128: (128, 64, 8, 3)}
+# By _BLOCK_T, rows of the weight, columns at a time, warps, stages: of what was tried on an H200 with the shapes of 72B
+# (integers) and 7B (floats). Weights that must become floats are many instructions, those with groups the most.
+_INTEGERS = {16: (32, 256, 2, 4), 32: (32, 256, 2, 4), 64: (64, 128, 4, 4), 128: (128, 64, 8, 3)}
+_FLOATS = {16: (64, 128, 2, 4), 32: (64, 128, 4, 4), 64: (64, 128, 4, 4), 128: (128, 64, 8, 3)}
+_GROUPED = {**_FLOATS, 16: (64, 128, 4, 4)}
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
-_ROW = 32768  # columns that one program quantizes at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,16 +47,23 @@ class Matrix:
 
 
 def quantized(
-    x: Tensor, levels: float, out_dtype: torch.dtype, scale: float = 1.0, offset: float = 0.0, maxima: Tensor | None = None
+    x: Tensor,
+    levels: float,
+    out_dtype: torch.dtype,
+    scale: float = 1.0,
+    offset: float = 0.0,
+    *,
+    maxima: Tensor | None = None,
+    norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """x [T, D] as int8 or, with FP8_LEVELS, rounded to float8 e4m3 and held in out_dtype; contiguous. levels 0: by `scale` and
-    `offset`. Else each token by max |x| / levels, or 1 where that is 0, which come back as [T] float32; maxima [T] float32: what
-    is taken for max |x|."""
+    """x [T, D], or norm(x), as int8 or, with FP8_LEVELS, rounded to float8 e4m3 and held in out_dtype; contiguous. levels 0: by
+    `scale` and `offset`. Else each token by max |x| / levels, or 1 where that is 0, which come back as [T] float32; maxima [T]
+    float32: what is taken for max |x|."""
     tokens, columns = x.shape
     out = x.new_empty(tokens, columns, dtype=out_dtype)
     scales = x.new_empty(tokens, dtype=torch.float32) if levels else None
     if tokens:
-        _launch_quantize(x, maxima, out, scales, scale, offset, levels)
+        _launch_quantize(x, norm, maxima, out, scales, scale, offset, levels)
     return out, scales
 
 
@@ -60,48 +71,58 @@ def token_maxima(x: Tensor) -> Tensor:
     """max |x| of each token: [T] float32."""
     maxima = x.new_empty(len(x), dtype=torch.float32)
     if len(x):
-        _launch_quantize(x, None, None, maxima, 1.0, 0.0, INT8_LEVELS)
+        _launch_quantize(x, None, None, None, maxima, 1.0, 0.0, INT8_LEVELS)
     return maxima
 
 
 def _launch_quantize(
-    x: Tensor, maxima: Tensor | None, out: Tensor | None, scales: Tensor | None, scale: float, offset: float, levels: float
+    x: Tensor,
+    norm: Norm | None,
+    maxima: Tensor | None,
+    out: Tensor | None,
+    scales: Tensor | None,
+    scale: float,
+    offset: float,
+    levels: float,
 ) -> None:
     tokens, columns = x.shape
-    block = min(_ROW, triton.next_power_of_2(max(columns, 16)))
-    warps = min(16, max(1, block // 1024))
-    shape = (columns, x.stride(0), scale, offset)
-    kernels.quantize[(tokens,)](x, maxima, out, scales, *shape, LEVELS=levels, BLOCK_D=block, **options(x, warps, 1))
+    block = triton.next_power_of_2(max(columns, 16))
+    g, bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    kernels.quantize[(tokens,)](
+        *(x, g, bias, maxima, out, scales, columns, x.stride(0), eps, scale, offset),
+        LEVELS=levels,
+        BLOCK_D=block,
+        **options(x, min(32, max(1, block // 1024)), 1),
+    )
 
 
-def one_token(
-    x: Tensor,
-    matrix: Matrix,
-    out: Tensor,
-    form: int,
-    token_scale: Tensor | None = None,
-    static: tuple[float, float] | None = None,
-) -> None:
-    """y of x [1, D] to out [1, N]. static: the scale and offset with which x is to be quantized."""
-    outputs, columns = out.shape[1], x.shape[1]
-    rows, group = 8, triton.next_power_of_2(max(1, matrix.group))
-    while rows > 1 and (triton.cdiv(outputs, rows) < _LEAST or rows * group > _ONE[0]):
-        rows //= 2
-    read = max(min(_ONE[0] // rows, triton.next_power_of_2(max(columns, 16))), group)
-    whole = group if matrix.group else read
+def _one(outputs: int, gated: bool) -> tuple[int, int]:
+    """Rows of the weight and words of each at a time, for one token: what was fast on an H200 for the shapes of 7B and 72B."""
+    if gated:
+        return 2, 512
+    return (4, 512) if outputs < 8192 else (16, 256)
+
+
+def has_words(matrix: Matrix) -> bool:
+    """Whether `one_token` takes it: a weight of int8 whose rows are whole words."""
+    w = matrix.weight
+    return matrix.integer and not (w.shape[1] % 4 or w.stride(0) % 4 or w.storage_offset() % 4)
+
+
+def one_token(x: Tensor, matrix: Matrix, out: Tensor, form: int, token_scale: Tensor | None = None) -> None:
+    """y of x [1, D] int8, contiguous, to out [1, N]; for a weight that `has_words`."""
+    outputs, weight = out.shape[1], matrix.weight.view(torch.int32)
+    words = weight.shape[1]
+    rows, block = _one(outputs, form == GATED)
+    block = min(block, triton.next_power_of_2(words))
     kernels.one_token[(triton.cdiv(outputs, rows),)](
-        *(x, matrix.weight, matrix.scale, matrix.offset, token_scale, matrix.quant_bias, matrix.bias, out),
-        *(outputs, columns, matrix.weight.stride(0), matrix.scale.stride(0), *(static or (1.0, 0.0))),
-        STATIC=static is not None,
-        WHOLE=matrix.integer,
-        GROUPED=matrix.group > 0,
+        *(x.view(torch.int32), weight, matrix.scale, token_scale, matrix.quant_bias, matrix.bias, out),
+        *(outputs, words, weight.stride(0)),
         FORM=form,
-        GROUP=matrix.group or read,
-        PHASE=matrix.phase,
         BLOCK_N=rows,
-        BLOCK_G=read // whole,
-        BLOCK_P=whole,
-        **options(x, _ONE[1], 1),
+        BLOCK_W=block,
+        AHEAD=1,
+        **options(x, 4, 1),
     )
 
 
@@ -112,11 +133,12 @@ def _splits(blocks: int, rounds: int) -> int:
 
 
 def some_tokens(x: Tensor, matrix: Matrix, out: Tensor, form: int, arrived: Tensor, token_scale: Tensor | None = None) -> None:
-    """y of x [T, D] to out [T, N], whose rows may lie apart. arrived: zeros, int32, N / 64 of them; no two calls may have the
+    """y of x [T, D] to out [T, N], whose rows may lie apart. arrived: zeros, int32, N / 32 of them; no two calls may have the
     same ones at a time."""
     (tokens, columns), outputs = x.shape, out.shape[1]
     block_t = min(_BLOCK_T[-1], max(_BLOCK_T[0], triton.next_power_of_2(tokens)))
-    block_n, block_d, warps, stages = _SOME[block_t]
+    sizes = _INTEGERS if matrix.integer else _GROUPED if matrix.group else _FLOATS
+    block_n, block_d, warps, stages = sizes[block_t]
     if form == GATED or x.dtype == torch.float32:
         block_d //= 2
     group = matrix.group or max(columns, 1)

@@ -1,14 +1,15 @@
 """Kernels of products with weights of 8 bits, and of what quantizes their inputs; `quantized` launches them.
 
-T tokens, D input columns, N outputs, G groups of columns, of P each in a round.
+T tokens, D input columns, N outputs, W words of four int8.
 """
 
 import triton
 import triton.language as tl
 
-from qtp.kernels.triton.launch import dot, int8_levels, launch_dependents, wait
+from qtp.kernels.triton.launch import dot, dot4, int8_levels, launch_dependents, wait
+from qtp.kernels.triton.norm import normed
 
-INTEGER_FORM, GATED_FORM = tl.constexpr(1), tl.constexpr(2)  # of what comes out, as `quantized` says; 0: y
+INTEGER_FORM, GATED_FORM, ADDED_FORM = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # as `quantized` says; 0: y
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _INT8 = tl.constexpr(127.0)
@@ -16,21 +17,26 @@ _INT8 = tl.constexpr(127.0)
 
 @triton.jit
 def quantize(
-    x_ptr, maxima_ptr, out_ptr, scales_ptr, D, x_stride, scale, offset, LEVELS: tl.constexpr, BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
+    x_ptr, g_ptr, norm_bias_ptr, maxima_ptr, out_ptr, scales_ptr, D, x_stride, eps, scale, offset,
+    LEVELS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token a program. LEVELS 0: with `scale` and `offset`. Else the scale is max |x| / LEVELS, which goes to `scales`, with
-    the maximum from `maxima` or from x. Without `out`, only the maximum goes to `scales`."""
-    token, cols_D = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
+    """One token a program, after a norm if there is `g`. LEVELS 0: with `scale` and `offset`. Else the scale is max |x| / LEVELS,
+    which goes to `scales`, with the maximum from `maxima` or from x. Without `out`, only the maximum goes to `scales`."""
+    token, at_D = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
+    inside_D = at_D < D
+    launch_dependents(PDL)
     wait(PDL)
+    x_D = tl.load(x_ptr + token * x_stride + at_D, mask=inside_D, other=0.0)
+    if g_ptr is not None:
+        g_D = tl.load(g_ptr + at_D, mask=inside_D, other=0.0)
+        bias_D = g_D
+        if norm_bias_ptr is not None:
+            bias_D = tl.load(norm_bias_ptr + at_D, mask=inside_D, other=0.0)
+        x_D = normed(x_D, g_D, bias_D, D, eps, norm_bias_ptr is not None)
+    x_D = x_D.to(tl.float32)
     if LEVELS > 0:
         if maxima_ptr is None:
-            largest_D = tl.zeros((BLOCK_D,), tl.float32)
-            for start in range(0, D, BLOCK_D):
-                at_D = start + cols_D
-                x_D = tl.load(x_ptr + token * x_stride + at_D, mask=at_D < D, other=0.0).to(tl.float32)
-                largest_D = tl.maximum(largest_D, tl.abs(x_D))
-            most = tl.max(largest_D, axis=0)
+            most = tl.max(tl.abs(x_D), axis=0)
         else:
             most = tl.load(maxima_ptr + token)
         if out_ptr is None:
@@ -40,15 +46,12 @@ def quantize(
             scale = tl.where(scale > 0.0, scale, 1.0)
             tl.store(scales_ptr + token, scale)
     if out_ptr is not None:
-        for start in range(0, D, BLOCK_D):
-            at_D = start + cols_D
-            x_D = tl.load(x_ptr + token * x_stride + at_D, mask=at_D < D, other=0.0).to(tl.float32)
-            if LEVELS > _INT8:
-                levels_D = tl.minimum(tl.maximum(tl.math.div_rn(x_D, scale), -LEVELS), LEVELS)
-                value_D = levels_D.to(tl.float8e4nv).to(out_ptr.dtype.element_ty)
-            else:
-                value_D = int8_levels(x_D, scale, offset).to(tl.int8)
-            tl.store(out_ptr + token * D + at_D, value_D, mask=at_D < D)
+        if LEVELS > _INT8:
+            levels_D = tl.minimum(tl.maximum(tl.math.div_rn(x_D, scale), -LEVELS), LEVELS)
+            value_D = levels_D.to(tl.float8e4nv).to(out_ptr.dtype.element_ty)
+        else:
+            value_D = int8_levels(x_D, scale, offset).to(tl.int8)
+        tl.store(out_ptr + token * D + at_D, value_D, mask=inside_D)
 
 
 @triton.jit
@@ -84,90 +87,50 @@ def _finish(
             if quant_bias_ptr is not None:
                 up_NT += tl.load(quant_bias_ptr + N + held_N)[:, None]
             y_NT = y_NT / (1.0 + tl.exp(-y_NT)) * _scaled(up_NT, N + held_N, tokens, scale_ptr, token_scale_ptr, bias_ptr)
+        if FORM == ADDED_FORM:
+            y_NT += tl.load(out_NT, mask=inside_NT, other=0.0).to(tl.float32)
         tl.store(out_NT, y_NT.to(out_ptr.dtype.element_ty), mask=inside_NT)
 
 
 @triton.jit
-def _times_one(
-    sums_NGS, w_NGP, x_GP, groups_G, rows_N, scale_ptr, offset_ptr, groups, WHOLE: tl.constexpr, GROUPED: tl.constexpr
-):
-    """sums + w x, of integers exactly, with S sums of neighbours in a group, which are one thread's. WHOLE: x has integers."""
-    NEXT: tl.constexpr = w_NGP.shape[2] // sums_NGS.shape[2]
-    SHAPE: tl.constexpr = (w_NGP.shape[0], w_NGP.shape[1], w_NGP.shape[2] // NEXT, NEXT)
-    if WHOLE:
-        sums_NGS += tl.sum(tl.reshape(w_NGP.to(tl.int32) * x_GP.to(tl.int32)[None, :, :], SHAPE), axis=3)
-    else:
-        wide_NGP = w_NGP.to(tl.float32)
-        place_NG, held_NG = rows_N[:, None].to(tl.int64) * groups + groups_G[None, :], groups_G[None, :] < groups
-        if offset_ptr is not None:
-            if GROUPED:
-                wide_NGP -= tl.load(offset_ptr + place_NG, mask=held_NG, other=0.0)[:, :, None]
-            else:
-                wide_NGP -= tl.load(offset_ptr + rows_N)[:, None, None]
-        part_NGS = tl.sum(tl.reshape(wide_NGP * x_GP.to(tl.float32)[None, :, :], SHAPE), axis=3)
-        if GROUPED:
-            part_NGS *= tl.load(scale_ptr + place_NG, mask=held_NG, other=0.0)[:, :, None]
-        sums_NGS += part_NGS
-    return sums_NGS
-
-
-@triton.jit
-def _columns(first, D, GROUP: tl.constexpr, PHASE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr):
-    """The columns of groups first ... first + BLOCK_G - 1, up to BLOCK_P of each, and which of them there are."""
-    groups_G, within_P = first + tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_P)
-    at_GP = groups_G[:, None] * GROUP - PHASE + within_P[None, :]
-    inside_GP = at_GP < D
-    if PHASE != 0:
-        inside_GP &= at_GP >= 0
-    if GROUP != BLOCK_P:
-        inside_GP &= within_P[None, :] < GROUP
-    return groups_G, at_GP, inside_GP
+def _words(w_N1, at_W, words):
+    return tl.load(w_N1 + at_W[None, :], mask=at_W[None, :] < words, other=0, eviction_policy="evict_first")
 
 
 @triton.jit
 def one_token(
-    x_ptr, w_ptr, scale_ptr, offset_ptr, token_scale_ptr, quant_bias_ptr, bias_ptr, out_ptr, N, D, w_stride, groups,
-    input_scale, input_offset, STATIC: tl.constexpr, WHOLE: tl.constexpr, GROUPED: tl.constexpr, FORM: tl.constexpr,
-    GROUP: tl.constexpr, PHASE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
-    PDL: tl.constexpr,
+    x_ptr, w_ptr, scale_ptr, token_scale_ptr, quant_bias_ptr, bias_ptr, out_ptr, N, words, w_stride,
+    FORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y of one token from rows n (and N + n, GATED) of the weight; GROUP columns share a scale, if GROUPED, or are read together.
-    STATIC: x is to be quantized with input_scale and input_offset. Weights are fetched one round ahead."""
-    rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """y of one token, of int8 by int8, from rows n (and N + n, GATED) of the weight; both come as int32 of four columns each,
+    so many `words` and `w_stride` from row to row. AHEAD blocks of a row are on their way at a time."""
+    rows_N, at_W = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_W)
     held_N = tl.minimum(rows_N, N - 1)
-    w_N11 = w_ptr + (held_N.to(tl.int64) * w_stride)[:, None, None]
-    up_N11 = w_ptr + ((held_N + N).to(tl.int64) * w_stride)[:, None, None]
-    SUMS: tl.constexpr = BLOCK_P // 16 if BLOCK_P > 16 else 1
-    sums_NGS = tl.zeros((BLOCK_N, BLOCK_G, SUMS), tl.int32 if WHOLE else tl.float32)
-    up_sums_NGS = tl.zeros((BLOCK_N, BLOCK_G, SUMS), tl.int32 if WHOLE else tl.float32)
-    groups_G, at_GP, inside_GP = _columns(0, D, GROUP, PHASE, BLOCK_G, BLOCK_P)
-    w_NGP = tl.load(w_N11 + at_GP[None, :, :], mask=inside_GP[None, :, :], other=0.0)
-    up_w_NGP = w_NGP
-    if FORM == GATED_FORM:
-        up_w_NGP = tl.load(up_N11 + at_GP[None, :, :], mask=inside_GP[None, :, :], other=0.0)
-    wait(PDL)
-    for first in range(0, (PHASE + D + GROUP - 1) // GROUP, BLOCK_G):
-        x_GP = tl.load(x_ptr + at_GP, mask=inside_GP, other=0.0)
-        if STATIC:
-            x_GP = int8_levels(x_GP.to(tl.float32), input_scale, input_offset).to(tl.int8)
-        next_groups_G, at_GP, inside_GP = _columns(first + BLOCK_G, D, GROUP, PHASE, BLOCK_G, BLOCK_P)
-        next_w_NGP = tl.load(w_N11 + at_GP[None, :, :], mask=inside_GP[None, :, :], other=0.0)
-        sums_NGS = _times_one(sums_NGS, w_NGP, x_GP, groups_G, held_N, scale_ptr, offset_ptr, groups, WHOLE, GROUPED)
-        w_NGP = next_w_NGP
+    w_N1 = w_ptr + (held_N.to(tl.int64) * w_stride)[:, None]
+    up_N1 = w_ptr + ((held_N + N).to(tl.int64) * w_stride)[:, None]
+    sums_NW, up_sums_NW = tl.zeros((BLOCK_N, BLOCK_W), tl.int32), tl.zeros((BLOCK_N, BLOCK_W), tl.int32)
+    w_NWs, up_NWs = (), ()
+    for i in tl.static_range(AHEAD):
+        w_NWs = w_NWs + (_words(w_N1, i * BLOCK_W + at_W, words),)
         if FORM == GATED_FORM:
-            next_up_NGP = tl.load(up_N11 + at_GP[None, :, :], mask=inside_GP[None, :, :], other=0.0)
-            up_sums_NGS = _times_one(
-                up_sums_NGS, up_w_NGP, x_GP, groups_G, held_N + N, scale_ptr, offset_ptr, groups, WHOLE, GROUPED
-            )
-            up_w_NGP = next_up_NGP
-        groups_G = next_groups_G
+            up_NWs = up_NWs + (_words(up_N1, i * BLOCK_W + at_W, words),)
+    wait(PDL)
+    for start in range(0, words, BLOCK_W):
+        next_W = start + AHEAD * BLOCK_W + at_W
+        x_1W = tl.load(x_ptr + (start + at_W)[None, :], mask=(start + at_W)[None, :] < words, other=0)
+        x_NW = tl.broadcast_to(x_1W, (BLOCK_N, BLOCK_W))
+        ahead_NW = _words(w_N1, next_W, words)
+        sums_NW = dot4(w_NWs[0], x_NW, sums_NW)
+        w_NWs = w_NWs[1:] + (ahead_NW,)
+        if FORM == GATED_FORM:
+            ahead_NW = _words(up_N1, next_W, words)
+            up_sums_NW = dot4(up_NWs[0], x_NW, up_sums_NW)
+            up_NWs = up_NWs[1:] + (ahead_NW,)
     launch_dependents(PDL)
-    total_N1 = tl.sum(tl.sum(sums_NGS, axis=2), axis=1)[:, None]
-    up_N1 = tl.sum(tl.sum(up_sums_NGS, axis=2), axis=1)[:, None] if FORM == GATED_FORM else total_N1
-    of_rows_ptr = None if GROUPED else scale_ptr
+    total_N1 = tl.sum(sums_NW, axis=1)[:, None]
+    up_N1 = tl.sum(up_sums_NW, axis=1)[:, None]
     _finish(
-        total_N1, up_N1, rows_N, tl.arange(0, 1), 1, N, of_rows_ptr, token_scale_ptr, quant_bias_ptr, bias_ptr, out_ptr, 0,
-        FORM,
+        total_N1, up_N1, rows_N, tl.arange(0, 1), 1, N, scale_ptr, token_scale_ptr, quant_bias_ptr, bias_ptr, out_ptr, 0, FORM,
     )  # fmt: skip
 
 
@@ -218,7 +181,7 @@ def some_tokens(
     held_N, cols_D = tl.minimum(rows_N, N - 1), tl.arange(0, BLOCK_D)
     w_N1 = w_ptr + (held_N.to(tl.int64) * w_stride)[:, None]
     up_N1 = w_ptr + ((held_N + N).to(tl.int64) * w_stride)[:, None]
-    x_1T = x_ptr + (tl.minimum(tokens_T, T - 1).to(tl.int64) * x_stride)[None, :]
+    x_1T, there_1T = x_ptr + (tokens_T.to(tl.int64) * x_stride)[None, :], tokens_T[None, :] < T
     total_NT = tl.zeros((BLOCK_N, BLOCK_T), tl.int32 if WHOLE else tl.float32)
     up_NT = tl.zeros((BLOCK_N, BLOCK_T), tl.int32 if WHOLE else tl.float32)
     x_sums_T = tl.zeros((BLOCK_T,), tl.float32)
@@ -229,7 +192,8 @@ def some_tokens(
         within_D = i % STEPS * BLOCK_D + cols_D
         at_D = group * GROUP - PHASE + within_D
         inside_D = (at_D < D) & (at_D >= 0) & (within_D < GROUP)
-        x_DT = _read(x_1T + at_D[:, None], inside_D[:, None], EVEN)
+        x_inside_DT = there_1T if EVEN else there_1T & inside_D[:, None]
+        x_DT = tl.load(x_1T + at_D[:, None], mask=x_inside_DT, other=0.0)
         w_ND = _read(w_N1 + at_D[None, :], inside_D[None, :], EVEN)
         if offset_ptr is not None:
             sums_T = tl.sum(x_DT.to(tl.float32), axis=0)
