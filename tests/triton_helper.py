@@ -82,5 +82,5 @@ def few_programs(patch: pytest.MonkeyPatch) -> None:
     from qtp.kernels.triton import linear, quantized
 
     patch.setattr(triton_backend, "_PROGRAMS", 6)
-    patch.setattr(linear, "_blocks", lambda rows, columns, gated: (16, 64, 4, 1))
+    patch.setattr(linear, "_blocks", lambda rows, columns, gated: (16, 64, 4))
     patch.setattr(quantized, "_one", lambda outputs, gated: (16, 64))

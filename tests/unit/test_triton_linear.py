@@ -11,7 +11,6 @@ from triton_helper import DEVICE, poison
 
 from qtp.kernels.interface import Deferred, Norm
 from qtp.kernels.torch_kernels import TorchKernels
-from qtp.kernels.triton import linear
 from qtp.kernels.triton.linear import OneToken
 from qtp.kernels.triton.norm import rms_norm, silu_and_mul
 from qtp.kernels.triton_kernels import TritonKernels
@@ -93,15 +92,6 @@ def test_one_token(outputs: int, inputs: int, norm: bool, gated: bool, dtype: to
     assert OneToken(weight, None, own, False)(x, into) is into
     check(into, wanted, size + wanted.abs(), dtype)
     assert around.isnan().sum() == around.numel() - outputs
-
-
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("ahead", [1, 2, 3, 5, 6])
-def test_blocks_ahead(ahead: int, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some of a row's blocks on their way at a time, all of them or more than there are."""
-    monkeypatch.setattr(linear, "_blocks", lambda *shape: (4, 32, 1, ahead))
-    for inputs in (30, 150, 160):
-        test_one_token(7, inputs, True, gated, torch.bfloat16)
 
 
 def test_nothing_to_make() -> None:

@@ -377,7 +377,8 @@ def test_one_token_of_whole_words_and_not(kind: str, monkeypatch: pytest.MonkeyP
     case = Case(140 + KINDS.index(kind))
     for columns, phase, whole in ((152, 0, True), (1040, 8, True), (151, 0, False), (152, 2, False), (2, 0, False)):
         data, x = case.int8(20, columns), case.x(1, columns)
-        apart = torch.full((20, columns + phase + (-columns - phase) % 4 + (4 if whole else 0)), -128, dtype=torch.int8, device=DEVICE)
+        width = columns + phase + (-columns - phase) % 4 + (4 if whole else 0)
+        apart = torch.full((20, width), -128, dtype=torch.int8, device=DEVICE)
         w = apart[:, phase : phase + columns]
         w.copy_(data)
         weight = replace(case.any(20, columns, (kind,)), weight=w)

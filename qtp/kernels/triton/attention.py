@@ -191,7 +191,20 @@ def decode(
             o2_GE += v2_E[None, :]
         if SPLIT and begin < end:
             most_G, sum_G, o1_GE, o2_GE = _attend(
-                first_tile, low1_GE, low2_GE, zero_G, begin + at_L < end, scale, most_G, sum_G, o1_GE, o2_GE, GROUP, TILE, INT8, DTYPE
+                first_tile,
+                low1_GE,
+                low2_GE,
+                zero_G,
+                begin + at_L < end,
+                scale,
+                most_G,
+                sum_G,
+                o1_GE,
+                o2_GE,
+                GROUP,
+                TILE,
+                INT8,
+                DTYPE,
             )
         for start in range(begin + TILE if SPLIT else begin, end, TILE):
             tile = _tile(keys_ptr, values_ptr, table_ptr, start, end, k, kv_heads, block_size, HEAD_DIM, HALF, TILE)

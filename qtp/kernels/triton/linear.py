@@ -48,49 +48,33 @@ def _one_token(
     ADD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    AHEAD: tl.constexpr,
-    WHOLE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out[n] = (add[n] +) sum_d w[n, d] norm(x)[d] (+ bias[n]); GATED: of rows n and N + n, silu(the first) * the second.
-
-    AHEAD blocks of each row are fetched before x is waited for, and then so many ahead of their use; WHOLE: these are all."""
+    Weights are fetched one round ahead."""
     rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     held_N = tl.minimum(rows_N, N - 1).to(tl.int64)
     cols_D = tl.arange(0, BLOCK_D)
     w_N1 = w_ptr + held_N[:, None] * w_stride
     up_N1 = w_ptr + (held_N + N)[:, None] * w_stride
-    w_NDs, up_NDs = (), ()
-    for i in tl.static_range(AHEAD):
-        w_NDs = w_NDs + (_read(w_N1, i * BLOCK_D + cols_D, D),)
-        if GATED:
-            up_NDs = up_NDs + (_read(up_N1, i * BLOCK_D + cols_D, D),)
-    if WHOLE:
-        launch_dependents(PDL)
-    sums_ND = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    up_sums_ND = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    w_ND, sums_ND = _read(w_N1, cols_D, D), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    up_ND, up_sums_ND = w_ND, sums_ND
+    if GATED:
+        up_ND = _read(up_N1, cols_D, D)
     squares_1D = tl.zeros((1, BLOCK_D), tl.float32)
     wait(PDL)
-    if WHOLE:
-        for i in tl.static_range(AHEAD):
-            x_1D, more_1D = _input(x_ptr, g_ptr, i * BLOCK_D + cols_D, D, NORM)
-            squares_1D += more_1D
-            sums_ND += w_NDs[i].to(tl.float32) * x_1D
-            if GATED:
-                up_sums_ND += up_NDs[i].to(tl.float32) * x_1D
-    else:
-        for start in range(0, D, BLOCK_D):
-            x_1D, more_1D = _input(x_ptr, g_ptr, start + cols_D, D, NORM)
-            squares_1D += more_1D
-            next_D = start + AHEAD * BLOCK_D + cols_D
-            ahead_ND = _read(w_N1, next_D, D)
-            sums_ND += w_NDs[0].to(tl.float32) * x_1D
-            w_NDs = w_NDs[1:] + (ahead_ND,)
-            if GATED:
-                ahead_ND = _read(up_N1, next_D, D)
-                up_sums_ND += up_NDs[0].to(tl.float32) * x_1D
-                up_NDs = up_NDs[1:] + (ahead_ND,)
-        launch_dependents(PDL)
+    for start in range(0, D, BLOCK_D):
+        x_1D, more_1D = _input(x_ptr, g_ptr, start + cols_D, D, NORM)
+        squares_1D += more_1D
+        next_D = start + BLOCK_D + cols_D
+        ahead_ND = _read(w_N1, next_D, D)
+        sums_ND += w_ND.to(tl.float32) * x_1D
+        w_ND = ahead_ND
+        if GATED:
+            ahead_ND = _read(up_N1, next_D, D)
+            up_sums_ND += up_ND.to(tl.float32) * x_1D
+            up_ND = ahead_ND
+    launch_dependents(PDL)
     y_N = tl.sum(sums_ND, axis=1)
     if NORM:
         rms = tl.sqrt(tl.sum(squares_1D, axis=1) / D + eps)
@@ -108,18 +92,15 @@ def _one_token(
     tl.store(out_ptr + rows_N, y_N.to(out_ptr.dtype.element_ty), mask=inside_N)
 
 
-_HELD = 1 << 25  # bytes of weights that the registers of a card can hold
-
-
-def _blocks(rows: int, columns: int, gated: bool) -> tuple[int, int, int, int]:
-    """Rows of the weight, columns at a time, warps, and blocks ahead: what was fastest on an H200 among some 40 for the shapes
-    of 0.5B and 7B by themselves, for the smaller one in the graph of a step among a few. Few rows leave multiprocessors idle if
-    many go together."""
+def _blocks(rows: int, columns: int, gated: bool) -> tuple[int, int, int]:
+    """Rows of the weight, columns at a time and warps: what was fastest on an H200 among some 40 for the shapes of 0.5B and 7B
+    by themselves, for the smaller one in the graph of a step. Few rows leave multiprocessors idle if many go together. More
+    blocks of a row on their way, all of them even, or a row a warp gained nothing there: who waits is the input."""
     if gated:
-        return 8, 256, 2 if rows > 8192 else 4, 1
+        return 8, 256, 2 if rows > 8192 else 4
     if rows < 2048:
-        return (2, 1024, 8, 1) if columns > 2048 else (4, 1024, 8, 1)
-    return (8, 512, 4, 1) if rows > 4096 else (4, 1024, 4, 1)
+        return (2, 1024, 8) if columns > 2048 else (4, 1024, 8)
+    return (8, 512, 4) if rows > 4096 else (4, 1024, 4)
 
 
 class OneToken:
@@ -135,8 +116,7 @@ class OneToken:
         self._g = None if norm is None else norm.weight
         self._eps = 0.0 if norm is None else norm.eps
         self._shape = (self._outputs, weight.shape[1], weight.stride(0))
-        block_n, block_d, self._warps, ahead = _blocks(self._outputs, weight.shape[1], gated)
-        rounds = triton.cdiv(weight.shape[1], block_d)
+        block_n, block_d, self._warps = _blocks(self._outputs, weight.shape[1], gated)
         self._grid = (triton.cdiv(self._outputs, block_n),)
         self._flags: dict[str, Any] = {
             "NORM": norm is not None,
@@ -144,8 +124,6 @@ class OneToken:
             "GATED": gated,
             "BLOCK_N": block_n,
             "BLOCK_D": block_d,
-            "AHEAD": min(ahead, rounds),
-            "WHOLE": ahead >= rounds,
         }
 
     def __call__(self, x: Tensor, into: Tensor | None = None) -> Tensor:

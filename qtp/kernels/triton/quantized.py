@@ -121,7 +121,6 @@ def one_token(x: Tensor, matrix: Matrix, out: Tensor, form: int, token_scale: Te
         FORM=form,
         BLOCK_N=rows,
         BLOCK_W=block,
-        AHEAD=1,
         **options(x, 4, 1),
     )
 

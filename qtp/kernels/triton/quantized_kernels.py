@@ -35,10 +35,7 @@ def quantize(
         x_D = normed(x_D, g_D, bias_D, D, eps, norm_bias_ptr is not None)
     x_D = x_D.to(tl.float32)
     if LEVELS > 0:
-        if maxima_ptr is None:
-            most = tl.max(tl.abs(x_D), axis=0)
-        else:
-            most = tl.load(maxima_ptr + token)
+        most = tl.max(tl.abs(x_D), axis=0) if maxima_ptr is None else tl.load(maxima_ptr + token)
         if out_ptr is None:
             tl.store(scales_ptr + token, most)
         else:
@@ -100,32 +97,31 @@ def _words(w_N1, at_W, words):
 @triton.jit
 def one_token(
     x_ptr, w_ptr, scale_ptr, token_scale_ptr, quant_bias_ptr, bias_ptr, out_ptr, N, words, w_stride,
-    FORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    FORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y of one token, of int8 by int8, from rows n (and N + n, GATED) of the weight; both come as int32 of four columns each,
-    so many `words` and `w_stride` from row to row. AHEAD blocks of a row are on their way at a time."""
+    so many `words` and `w_stride` from row to row. Weights are fetched one round ahead."""
     rows_N, at_W = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_W)
     held_N = tl.minimum(rows_N, N - 1)
     w_N1 = w_ptr + (held_N.to(tl.int64) * w_stride)[:, None]
     up_N1 = w_ptr + ((held_N + N).to(tl.int64) * w_stride)[:, None]
     sums_NW, up_sums_NW = tl.zeros((BLOCK_N, BLOCK_W), tl.int32), tl.zeros((BLOCK_N, BLOCK_W), tl.int32)
-    w_NWs, up_NWs = (), ()
-    for i in tl.static_range(AHEAD):
-        w_NWs = w_NWs + (_words(w_N1, i * BLOCK_W + at_W, words),)
-        if FORM == GATED_FORM:
-            up_NWs = up_NWs + (_words(up_N1, i * BLOCK_W + at_W, words),)
+    w_NW = _words(w_N1, at_W, words)
+    up_w_NW = w_NW
+    if FORM == GATED_FORM:
+        up_w_NW = _words(up_N1, at_W, words)
     wait(PDL)
     for start in range(0, words, BLOCK_W):
-        next_W = start + AHEAD * BLOCK_W + at_W
         x_1W = tl.load(x_ptr + (start + at_W)[None, :], mask=(start + at_W)[None, :] < words, other=0)
         x_NW = tl.broadcast_to(x_1W, (BLOCK_N, BLOCK_W))
+        next_W = start + BLOCK_W + at_W
         ahead_NW = _words(w_N1, next_W, words)
-        sums_NW = dot4(w_NWs[0], x_NW, sums_NW)
-        w_NWs = w_NWs[1:] + (ahead_NW,)
+        sums_NW = dot4(w_NW, x_NW, sums_NW)
+        w_NW = ahead_NW
         if FORM == GATED_FORM:
             ahead_NW = _words(up_N1, next_W, words)
-            up_sums_NW = dot4(up_NWs[0], x_NW, up_sums_NW)
-            up_NWs = up_NWs[1:] + (ahead_NW,)
+            up_sums_NW = dot4(up_w_NW, x_NW, up_sums_NW)
+            up_w_NW = ahead_NW
     launch_dependents(PDL)
     total_N1 = tl.sum(sums_NW, axis=1)[:, None]
     up_N1 = tl.sum(up_sums_NW, axis=1)[:, None]
