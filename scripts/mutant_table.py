@@ -300,7 +300,7 @@ MUTANTS = (
     mutant("idle rows of a bucket write to the cache, in Triton", TRITON_ATTENTION, "if (before >= 0) & ((split == 0) | (begin < before)):",
            "if (split == 0) | (begin < before):", (TRITON_ATTENTION_TESTS.format("idle_rows_of_a_bucket"),)),
     mutant("a norm without its eps, in Triton", TRITON_LINEAR, "/ D + eps)", "/ D)", (TRITON_LINEAR_TESTS.format("one_token"),)),
-    mutant("the first tokens of a part are seen twice, in Triton", TRITON_ATTENTION, "range(begin + TILE if SPLIT else begin, end, TILE)",
+    mutant("the first tokens of a part are seen twice, in Triton", TRITON_ATTENTION, "range(begin + TILE if AHEAD else begin, end, TILE)",
            "range(begin, end, TILE)", (TRITON_ATTENTION_TESTS.format("any_number_of_parts"),)),
     mutant("both halves of a head are the first, in Triton", TRITON_ATTENTION, "(2 * part_P + half)", "(2 * part_P)",
            (TRITON_ATTENTION_TESTS.format("any_number_of_parts"),)),

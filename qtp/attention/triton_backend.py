@@ -26,7 +26,7 @@ _ROWS, _PREFILL_TILE = 128, 64
 _DECODE_TILE, _SPLIT_TILE = 128, 64  # tokens at a time: many sequences, and parts of few
 _PROGRAMS = 2 * 132  # that decoding should fill: two for each multiprocessor of an H100
 _MOST_SPLITS = 64
-_SPLIT_WARPS, _MERGE_WARPS = 4, 1
+_AHEAD = 8  # parts of a sequence from which on a program has so few tokens that it waits for its first ones
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +114,8 @@ class TritonAttention:
             **self._decode,
             **flags,
             SPLIT=split,
-            **options(qkv_THd, _SPLIT_WARPS if split else 4, 2),
+            AHEAD=splits >= _AHEAD,
+            **options(qkv_THd, 4, 2),
         )
         if split:
             attention.merge[(decodes, self.heads, 2)](
@@ -122,7 +123,7 @@ class TritonAttention:
                 **self._merge,
                 **flags,
                 SPLITS=triton.next_power_of_2(splits),
-                **options(qkv_THd, _MERGE_WARPS, 1),
+                **options(qkv_THd, 1, 1),
             )
 
     def _run_chunks(self, plan: _Plan, tiles: Tensor, layer: int, qkv_THd: Tensor, out_THd: Tensor, window: int | None) -> None:

@@ -151,7 +151,10 @@ def timed(advance: Callable[[], list[Any]], waiting: set[int]) -> float:
     return taken
 
 
-def decode(name: str, llm: LLM, batch: int, length: int, tokens: int, bandwidth: float) -> Figure:
+def decode(name: str, llm: LLM, batch: int, length: int, tokens: int, bandwidth: float) -> Figure | None:
+    """None where the card has not the KV blocks for all of them at once."""
+    if batch * -(-(length + _HEADROOM) // _BLOCK) > llm.config.num_kv_blocks:
+        return None
     requests, _ = start(llm, batch, length)
     times = [timed(llm.engine.advance, set()) for _ in range(tokens)][4:]
     model, ranks = llm.model_config, loads(llm.model_config, llm.config.grid(), "bfloat16")
@@ -283,7 +286,14 @@ def main() -> int:
             print(f"{name}: ready in {time.perf_counter() - begin:.1f} s, {llm.config.num_kv_blocks} KV blocks", flush=True)
             for length in args.prompts:
                 for batch in args.batches:
-                    tell(decode(name, llm, batch, length, args.tokens, bandwidth))
+                    figure = decode(name, llm, batch, length, args.tokens, bandwidth)
+                    if figure is None:
+                        print(
+                            f"{name:22} decode     {batch:3} x {length:5} more than {llm.config.num_kv_blocks} KV blocks",
+                            flush=True,
+                        )
+                    else:
+                        tell(figure)
             tell(prefill(name, llm, max(args.prompts), peak))
         if args.peers:
             peer = Transformers(name, max(args.prompts), args.tokens)

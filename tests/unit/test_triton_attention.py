@@ -49,6 +49,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in ("_SPLIT_TILE", "_DECODE_TILE", "_ROWS"):
         monkeypatch.setattr(triton_backend, name, 16)
     monkeypatch.setattr(triton_backend, "_PREFILL_TILE", 32)
+    monkeypatch.setattr(triton_backend, "_AHEAD", 3)  # so that some parts have their first tokens early and some do not
     return monkeypatch
 
 

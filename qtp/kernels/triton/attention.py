@@ -118,15 +118,15 @@ def decode(
     heads_ptr,
     ks_ptr, ko_ptr, vs_ptr, vo_ptr, qs_ptr, qo_ptr, scale, qkv_stride, query_heads, kv_heads, block_size, splits, window,
     HEAD_DIM: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
-    WINDOW: tl.constexpr, INT8: tl.constexpr, QUERY_INT8: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, WINDOW: tl.constexpr, INT8: tl.constexpr, QUERY_INT8: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token of sequence `program 0` (none, and zeros in out, where its length is 0) for the query heads of KV head
     `program 1`, over part `program 2` of its context. The first part writes the token's key and value, and has them from
     registers; the others are read from the cache.
 
     heads [K + 1]: the first query head of each KV head. SPLIT: sums [S, H, splits, 2 E] and stats [S, H, splits, 2] (maximum,
-    sum), float32, take what `merge` needs; otherwise out [S, H, d] the result. GROUP: no less than the query heads of any KV
-    head."""
+    sum), float32, take what `merge` needs; otherwise out [S, H, d] the result. AHEAD: the first tokens of a part are read before
+    the query is there. GROUP: no less than the query heads of any KV head."""
     s, k, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     before = tl.load(lens_ptr + s).to(tl.int32) - 1  # tokens in the cache already
     table_ptr = tables_ptr + tl.load(starts_ptr + s)
@@ -140,7 +140,7 @@ def decode(
     end = tl.minimum(begin + share, before)
     new_block = tl.load(table_ptr + tl.maximum(before, 0) // block_size).to(tl.int64)
     launch_dependents(PDL)
-    if SPLIT:
+    if AHEAD:
         first_tile = _tile(keys_ptr, values_ptr, table_ptr, begin, end, k, kv_heads, block_size, HEAD_DIM, HALF, TILE)
     wait(PDL)
     if not SPLIT and before < 0:
@@ -189,7 +189,7 @@ def decode(
             sum_G += 1.0
             o1_GE += v1_E[None, :]
             o2_GE += v2_E[None, :]
-        if SPLIT and begin < end:
+        if AHEAD and begin < end:
             most_G, sum_G, o1_GE, o2_GE = _attend(
                 first_tile,
                 low1_GE,
@@ -206,7 +206,7 @@ def decode(
                 INT8,
                 DTYPE,
             )
-        for start in range(begin + TILE if SPLIT else begin, end, TILE):
+        for start in range(begin + TILE if AHEAD else begin, end, TILE):
             tile = _tile(keys_ptr, values_ptr, table_ptr, start, end, k, kv_heads, block_size, HEAD_DIM, HALF, TILE)
             most_G, sum_G, o1_GE, o2_GE = _attend(
                 tile, low1_GE, low2_GE, zero_G, start + at_L < end, scale, most_G, sum_G, o1_GE, o2_GE, GROUP, TILE, INT8, DTYPE
