@@ -70,7 +70,7 @@ def loads(model: ModelConfig, grid: Grid, dtype: str) -> list[Load]:
         sizes, elements = [0, 0], [0, 0]
         for spec in specs:
             routed = ".moe.experts." in spec.name
-            sizes[routed] += spec.bytes(rank, grid, item)
+            sizes[routed] += spec.bytes(rank, grid, item, expanded=True)
             if not spec.name.startswith(("embed", "lm_head")) and len(spec.parts[0].shape) == 2:
                 elements[routed] += spec.elements(rank, grid)
         return Load(bytes=sizes[0], elements=elements[0], expert_bytes=sizes[1], expert_elements=elements[1])

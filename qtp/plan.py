@@ -141,7 +141,7 @@ def command(argv: list[str] | None) -> int:
         memory = int((args.memory if args.memory is not None else machine_bytes() / 2**30 / len(nodes[0])) * 2**30)
     length = config.max_model_len or context_limit(model)
 
-    rows = shares(model, grid, config.dtype)
+    rows = shares(model, grid, config.dtype, expanded=device is not None)
     print(f"{folder}: {model.family}, {model.num_layers} layers, {config.dtype}, tp {config.tp}{_experts(model, grid)}")
     print("rank  query heads  KV heads  columns  experts   vocabulary  weights(bytes)  KV(bytes/token)")
     for s in rows:
@@ -214,7 +214,7 @@ def _print_card(model: ModelConfig, config: EngineConfig, device: Card, memory: 
         except ValueError as error:
             print(f"tp {tp:<2} {error}")
             continue
-        rows = shares(model, grid, config.dtype)
+        rows = shares(model, grid, config.dtype, expanded=True)
         working = [working_bytes(model, s, config.dtype, STEP_TOKENS) for s in rows]
         spare = min(memory - s.weight_bytes - step for s, step in zip(rows, working, strict=True))
         per_token = max(s.kv_bytes_per_token for s in rows)

@@ -31,8 +31,8 @@ class RankShare:
     kv_bytes_per_token: int
 
 
-def shares(model: ModelConfig, grid: Grid, dtype: str) -> list[RankShare]:
-    """The share of each rank, by rank."""
+def shares(model: ModelConfig, grid: Grid, dtype: str, *, expanded: bool = False) -> list[RankShare]:
+    """The share of each rank, by rank. expanded: see `Spec.bytes`; so it is on cards."""
     specs, item = declare(model), ITEM_SIZE[dtype]
     by_name = {spec.name: spec for spec in specs}
     quantized_cache = model.quantization is not None and model.quantization.kv_cache is not None
@@ -51,7 +51,7 @@ def shares(model: ModelConfig, grid: Grid, dtype: str) -> list[RankShare]:
             mlp_columns=by_name[column].shape(rank, grid)[1],
             experts=sum(spec.elements(rank, grid) > 0 for spec in downs),
             vocab=by_name["embed.weight"].shape(rank, grid)[0],
-            weight_bytes=sum(spec.bytes(rank, grid, item) for spec in specs),
+            weight_bytes=sum(spec.bytes(rank, grid, item, expanded=expanded) for spec in specs),
             kv_bytes_per_token=2 * model.num_layers * len(kv) * model.head_dim * (1 if quantized_cache else item),
         )
 

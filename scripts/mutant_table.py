@@ -274,6 +274,8 @@ MUTANTS = (
     mutant("the last block of the vocabulary wins among equals, in Triton", "qtp/kernels/triton/vocabulary.py", "keys_B > most_B", "keys_B >= most_B",
            ("tests/unit/test_triton_vocabulary.py::test_many_blocks_are_merged_in_rounds",)),
     mutant("gate and up of an expert change places, in Triton", TRITON_EXPERTS, "at_N % 2 * F if GATED", "(1 - at_N % 2) * F if GATED", TRITON_EXPERT_TESTS),
+    mutant("cards are said to hold compressed weights as they are", "qtp/layout/spec.py", "INT8 if expanded and self.dtype == COMPRESSED", "INT8 if False",
+           ("tests/processes/test_plan.py::test_cards_hold_compressed_weights_expanded",)),
     mutant("blocks of pairs begin where those of the expert before end, in Triton", TRITON_EXPERTS, "begin = first // BLOCK_M + e\n",
            "begin = first // BLOCK_M\n", TRITON_EXPERT_TESTS),
     mutant("a full block of pairs is cut one short, in Triton", TRITON_EXPERTS, "tl.minimum(start_B + BLOCK_M, first + count)",

@@ -16,12 +16,12 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from qtp.kernels.extension import native
-
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # where qtp is not installed, as on a card that is lent
 from device_helper import on_device  # noqa: E402
 from mutant_table import HIERARCHICAL, KERNELS, MUTANTS, NATIVE, Mutant  # noqa: E402
+
+from qtp.kernels.extension import native  # noqa: E402
 
 ISAS = native.isas() if native is not None else ()
 COPIED = ("collectives", "launch", "qtp", "tests", "scripts", "pyproject.toml", "setup.py")

@@ -30,7 +30,7 @@ class Spec:
     """One tensor of the running model: the boxes of its parts, one after the other along dimension 0. dtype: what it is held in:
     RUN, the dtype of the run, or a fixed one; FLOAT8 is e4m3; SCALE_BITS is float32 that the checkpoint may hold as int64 (its
     bits as an int32, widened); COMPRESSED is int8 that every rank holds compressed (docs/w8a8sc.md), which usually takes 0.54 of
-    its bytes."""
+    its bytes; kernels that cannot compute from that hold it expanded."""
 
     name: str
     parts: tuple[Part, ...]
@@ -44,6 +44,7 @@ class Spec:
     def elements(self, rank: int, grid: Grid) -> int:
         return sum(elements(part.split.box(part.shape, rank, grid)) for part in self.parts)
 
-    def bytes(self, rank: int, grid: Grid, run: int) -> int:
-        """What `rank` holds; run: bytes of a value in the run's dtype."""
-        return int(self.elements(rank, grid) * _ITEM_SIZE.get(self.dtype, run))
+    def bytes(self, rank: int, grid: Grid, run: int, *, expanded: bool = False) -> int:
+        """What `rank` holds; run: bytes of a value in the run's dtype. expanded: of a compressed one, what it is uncompressed."""
+        dtype = INT8 if expanded and self.dtype == COMPRESSED else self.dtype
+        return int(self.elements(rank, grid) * _ITEM_SIZE.get(dtype, run))

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from qtp import LLM, cards, plan
 from qtp.config import ModelConfig
 from qtp.layout.split import Grid
+from qtp.quantization import Quantization
 from qtp.resolve import shares
+from qtp.weights.names import declare
 from qtp.wire.codec import decode, encode
 from qtp.wire.messages import StepPlan
 
@@ -240,6 +243,27 @@ def test_a_step_of_few_tokens_reads_few_experts() -> None:
     assert cards.reached(model, 1) == pytest.approx(model.moe.top_k / model.moe.num_experts)
     assert 0.9 < cards.reached(model, 64) < 1.0
     assert cards.reached(ModelConfig.load(DENSE), 1) == 1.0
+
+
+def test_cards_hold_compressed_weights_expanded() -> None:
+    """As much as W8A8 takes, in memory and in what a step reads; a CPU computes from the streams."""
+    model = ModelConfig.load(DENSE)
+    linear = [part.name for spec in declare(model) for part in spec.parts if part.name.endswith("_proj.weight")]
+
+    def of(kind: str) -> ModelConfig:
+        types = {part.name: "FLOAT" for spec in declare(model) for part in spec.parts} | dict.fromkeys(linear, kind)
+        told = Quantization(word=kind.lower(), types=types, group_size=0, kv_cache=None, source="a test")
+        return replace(model, quantization=told)
+
+    grid = Grid.of(2)
+    plain, small = of("W8A8"), of("W8A8SC")
+    assert cards.loads(small, grid, "bfloat16") == cards.loads(plain, grid, "bfloat16")
+    on_card, whole, on_cpu = (
+        shares(m, grid, "bfloat16", expanded=expanded)[0].weight_bytes
+        for m, expanded in ((small, True), (plain, False), (small, False))
+    )
+    assert on_card == whole
+    assert on_cpu < 0.8 * whole
 
 
 @pytest.mark.parametrize("card", cards.CARDS.values(), ids=lambda card: card.name)

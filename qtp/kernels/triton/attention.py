@@ -118,7 +118,8 @@ def decode(
     heads_ptr,
     ks_ptr, ko_ptr, vs_ptr, vo_ptr, qs_ptr, qo_ptr, scale, qkv_stride, query_heads, kv_heads, block_size, splits, window,
     HEAD_DIM: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
-    AHEAD: tl.constexpr, WINDOW: tl.constexpr, INT8: tl.constexpr, QUERY_INT8: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, WINDOW: tl.constexpr, INT8: tl.constexpr, QUERY_INT8: tl.constexpr, DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One token of sequence `program 0` (none, and zeros in out, where its length is 0) for the query heads of KV head
     `program 1`, over part `program 2` of its context. The first part writes the token's key and value, and has them from
