@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test lint mutants clean
+.PHONY: demo test test-cuda lint mutants clean
 
 .venv/ready: pyproject.toml constraints.txt setup.py $(wildcard collectives/native/* qtp/kernels/native/*)
 	$(PYTHON) -m venv .venv
@@ -17,6 +17,11 @@ demo: .venv/ready
 # One more at a time than CI has cores: much of it waits.
 test: .venv/ready
 	$(PY) -m pytest -n 3 --dist loadfile
+
+# On a machine with a card, by the Python whose torch knows it (PYTHON=...); nothing of this project need be installed there.
+test-cuda:
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest --device cuda -n 4 -rf \
+	    $$(PYTHONPATH=tests $(PYTHON) -c "import device_helper; print(*device_helper.ON_DEVICE)")
 
 lint: .venv/ready
 	.venv/bin/ruff check .
