@@ -67,6 +67,7 @@ def catch() -> None:
 def linear_layers() -> None:
     """Every format, for one, some and many tokens, even and odd shapes."""
     from qtp.kernels import triton_quantized
+    from qtp.kernels.interface import Norm
     from qtp.kernels.torch_kernels import TorchKernels
     from qtp.kernels.triton.vocabulary import VocabularyHead
     from qtp.weights.quantized import W8A8, W8A8FP8, W8A16, W8A8Dynamic
@@ -86,10 +87,16 @@ def linear_layers() -> None:
             ),
         ]
         for weight in made:
-            ops = triton_quantized.linear(torch_kernels, weight), triton_quantized.gated(torch_kernels, weight)
+            ops = [triton_quantized.linear(torch_kernels, weight), triton_quantized.gated(torch_kernels, weight)]
+            for b in (None, torch.ones(columns, dtype=torch.bfloat16)):
+                norm = Norm(torch.ones(columns, dtype=torch.bfloat16), 1e-6, b)
+                ops.append(triton_quantized.linear(torch_kernels, weight, norm=norm))
+            joining: Any = triton_quantized.joining(weight)
             for tokens in (1, 2, 33, 64, 200):
+                x = torch.zeros(tokens, columns, dtype=torch.bfloat16)
                 for op in ops:
-                    op(torch.zeros(tokens, columns, dtype=torch.bfloat16))
+                    op(x)
+                joining(x).add_to(torch.zeros(tokens, rows, dtype=torch.bfloat16))
             triton_quantized.wide(torch_kernels, weight)(torch.zeros(3, columns, dtype=torch.float16))
         for dtype in (torch.bfloat16, torch.float32):
             head = VocabularyHead(w.to(dtype))

@@ -185,7 +185,7 @@ class _Product:
                 self._wide = weight
         else:
             self.matrix = _matrix(weight)
-        self._words = quantized.has_words(self.matrix)
+        self._words = quantized.words_of(self.matrix)
         self._arrived = torch.zeros(-(-w.shape[0] // 32), dtype=torch.int32, device=w.device)
 
     def __call__(
@@ -210,8 +210,8 @@ class _Product:
             x_q = x if norm is None else rms_norm(x, norm)
         if not tokens or not out.shape[1]:
             return scales
-        if tokens == 1 and self._words:
-            quantized.one_token(x_q, self.matrix, out, form, scales)
+        if tokens == 1 and self._words is not None:
+            quantized.one_token(x_q, self._words, self.matrix, out, form, scales)
         elif tokens > FEW and self.matrix.integer and _fits_int_mm(self.matrix.weight):
             self._by_int_mm(x_q, out, form, scales)
         elif x_q.dtype == torch.float8_e4m3fn:

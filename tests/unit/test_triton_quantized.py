@@ -345,10 +345,7 @@ def test_parts_and_norms() -> None:
         got = linear(Packed(parts), norm=norm)(x)
         normed = rms_norm(x, norm.anti)
         expected = [TORCH.linear(p.weight, p.bias, norm=norm)(x) if isinstance(p, Float) else linear(p)(normed) for p in parts]
-        if CUDA:  # a sum of squares in another order may round an input to the next level
-            assert (got - torch.cat(expected, dim=1)).abs().max() <= 0.02 * got.abs().max()
-        else:
-            assert torch.equal(got, torch.cat(expected, dim=1))
+        assert torch.equal(got, torch.cat(expected, dim=1))
         logits = triton_quantized.QuantizedHead(TORCH, Packed(parts)).logits(x)
         of_floats = x.cpu().double() @ floats.weight.cpu().double().T + floats.bias.cpu().double()
         assert_close(logits[:, 13:22], of_floats, x.cpu().double().abs() @ floats.weight.cpu().double().abs().T, torch.float32)
@@ -360,15 +357,17 @@ def test_joining_the_residual_stream(kind: str) -> None:
     """y is added in the place of what is there, by each road."""
     for seed, tokens in enumerate((1, 3, 33, 66)):
         case = Case(100 + 10 * KINDS.index(kind) + seed)
-        x, weight = case.x(tokens, 152), case.any(72, 152, (kind,))
-        residual = case.normal(tokens, 72).to(case.dtype)
+        x, weight = case.x(tokens, 160), case.any(80, 160, (kind,))
+        residual = case.normal(tokens, 80).to(case.dtype)
         y, size = exact(weight, x)
         expected = y + residual.cpu().double()
         deferred = triton_quantized.joining(weight)(x)
         assert isinstance(deferred, Deferred)
         got = deferred.add_to(residual)
         assert got is residual
-        assert_close(got, expected, size + y.abs() * (1e4 if kind == "fp8" and CUDA else 0.0), case.dtype)
+        if kind == "fp8" and CUDA and tokens > triton_quantized.FEW_FP8:  # torch's product rounds y before it is added
+            size = size + y.abs() * ROUNDING[case.dtype] / 2e-6
+        assert_close(got, expected, size, case.dtype)
 
 
 @pytest.mark.parametrize("kind", ["w8a8", "dynamic"])
@@ -383,7 +382,7 @@ def test_one_token_of_whole_words_and_not(kind: str, monkeypatch: pytest.MonkeyP
         w.copy_(data)
         weight = replace(case.any(20, columns, (kind,)), weight=w)
         product = triton_quantized._Product(weight)
-        assert quantized.has_words(product.matrix) is whole
+        assert (product._words is not None) is whole
         for blocks in ((16, 32), (2, 512)):
             monkeypatch.setattr(quantized, "_one", lambda outputs, gated, blocks=blocks: blocks)
             for form in (RUN, GATED, INTEGER):
@@ -394,8 +393,9 @@ def test_one_token_of_whole_words_and_not(kind: str, monkeypatch: pytest.MonkeyP
                 if form == RUN:
                     assert_close(out, y, exact(weight, x)[1], torch.float32)
                 elif form == GATED:
-                    expected = torch.nn.functional.silu(y[:, :10]) * y[:, 10:]
-                    assert torch.allclose(out.cpu().double(), expected, rtol=1e-4, atol=1e-4 * float(y.abs().max()) ** 2)
+                    up = y[:, 10:]
+                    expected = torch.nn.functional.silu(y[:, :10]) * up
+                    assert ((out.cpu().double() - expected).abs() <= 1e-5 * expected.abs() + 1e-5 * (1 + up.abs())).all()
                 else:
                     total = exact_input(weight, x)[0] @ w.cpu().double().T
                     quant_bias = weight.quant_bias.cpu() if isinstance(weight, W8A8) else 0

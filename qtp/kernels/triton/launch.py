@@ -41,6 +41,12 @@ def dot4(a, b, sums):
 
 
 @triton.jit
+def read_once(w_N1, at_D, D):
+    """Columns at_D, below D, of rows of a weight that no other program reads: [N, BLOCK_D], zeros beyond."""
+    return tl.load(w_N1 + at_D[None, :], mask=at_D[None, :] < D, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
 def wait(PDL: tl.constexpr):
     """From here on, what the kernels before have written is there. Every kernel launched with PDL must call it in each of its
     programs, before it reads what a kernel wrote or writes anything: what comes before it may only read weights, and what lay on

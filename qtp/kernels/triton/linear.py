@@ -11,12 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qtp.kernels.interface import Norm
-from qtp.kernels.triton.launch import launch_dependents, options, wait
-
-
-@triton.jit
-def _read(w_N1, at_D, D):
-    return tl.load(w_N1 + at_D[None, :], mask=at_D[None, :] < D, other=0.0, eviction_policy="evict_first")
+from qtp.kernels.triton.launch import launch_dependents, options, read_once, wait
 
 
 @triton.jit
@@ -57,21 +52,21 @@ def _one_token(
     cols_D = tl.arange(0, BLOCK_D)
     w_N1 = w_ptr + held_N[:, None] * w_stride
     up_N1 = w_ptr + (held_N + N)[:, None] * w_stride
-    w_ND, sums_ND = _read(w_N1, cols_D, D), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    w_ND, sums_ND = read_once(w_N1, cols_D, D), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     up_ND, up_sums_ND = w_ND, sums_ND
     if GATED:
-        up_ND = _read(up_N1, cols_D, D)
+        up_ND = read_once(up_N1, cols_D, D)
     squares_1D = tl.zeros((1, BLOCK_D), tl.float32)
     wait(PDL)
     for start in range(0, D, BLOCK_D):
         x_1D, more_1D = _input(x_ptr, g_ptr, start + cols_D, D, NORM)
         squares_1D += more_1D
         next_D = start + BLOCK_D + cols_D
-        ahead_ND = _read(w_N1, next_D, D)
+        ahead_ND = read_once(w_N1, next_D, D)
         sums_ND += w_ND.to(tl.float32) * x_1D
         w_ND = ahead_ND
         if GATED:
-            ahead_ND = _read(up_N1, next_D, D)
+            ahead_ND = read_once(up_N1, next_D, D)
             up_sums_ND += up_ND.to(tl.float32) * x_1D
             up_ND = ahead_ND
     launch_dependents(PDL)

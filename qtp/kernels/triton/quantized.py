@@ -13,6 +13,7 @@ from torch import Tensor
 from qtp.kernels.interface import Norm
 from qtp.kernels.triton import quantized_kernels as kernels
 from qtp.kernels.triton.launch import options
+from qtp.kernels.triton.norm import row_warps
 
 # What comes out: y in the dtype of `out`; the sums in int32; silu(gate) * up; y added to what `out` holds.
 RUN, INTEGER, GATED, ADDED = range(4)
@@ -92,7 +93,7 @@ def _launch_quantize(
         *(x, g, bias, maxima, out, scales, columns, x.stride(0), eps, scale, offset),
         LEVELS=levels,
         BLOCK_D=block,
-        **options(x, min(32, max(1, block // 1024)), 1),
+        **options(x, row_warps(block), 1),
     )
 
 
@@ -103,24 +104,24 @@ def _one(outputs: int, gated: bool) -> tuple[int, int]:
     return (4, 512) if outputs < 8192 else (16, 256)
 
 
-def has_words(matrix: Matrix) -> bool:
-    """Whether `one_token` takes it: a weight of int8 whose rows are whole words."""
+def words_of(matrix: Matrix) -> Tensor | None:
+    """The weight, [N, D / 4] int32, for `one_token`; None unless it is int8 by int8 and its rows are whole words."""
     w = matrix.weight
-    return matrix.integer and not (w.shape[1] % 4 or w.stride(0) % 4 or w.storage_offset() % 4)
+    if not matrix.integer or w.shape[1] % 4 or w.stride(0) % 4 or w.storage_offset() % 4:
+        return None
+    return w.view(torch.int32)
 
 
-def one_token(x: Tensor, matrix: Matrix, out: Tensor, form: int, token_scale: Tensor | None = None) -> None:
-    """y of x [1, D] int8, contiguous, to out [1, N]; for a weight that `has_words`."""
-    outputs, weight = out.shape[1], matrix.weight.view(torch.int32)
-    words = weight.shape[1]
+def one_token(x: Tensor, words: Tensor, matrix: Matrix, out: Tensor, form: int, token_scale: Tensor | None = None) -> None:
+    """y of x [1, D] int8, contiguous, to out [1, N]. words: `words_of` the matrix."""
+    outputs, count = out.shape[1], words.shape[1]
     rows, block = _one(outputs, form == GATED)
-    block = min(block, triton.next_power_of_2(words))
     kernels.one_token[(triton.cdiv(outputs, rows),)](
-        *(x.view(torch.int32), weight, matrix.scale, token_scale, matrix.quant_bias, matrix.bias, out),
-        *(outputs, words, weight.stride(0)),
+        *(x.view(torch.int32), words, matrix.scale, token_scale, matrix.quant_bias, matrix.bias, out),
+        *(outputs, count, words.stride(0)),
         FORM=form,
         BLOCK_N=rows,
-        BLOCK_W=block,
+        BLOCK_W=min(block, triton.next_power_of_2(count)),
         **options(x, 4, 1),
     )
 

@@ -6,7 +6,7 @@ T tokens, D input columns, N outputs, W words of four int8.
 import triton
 import triton.language as tl
 
-from qtp.kernels.triton.launch import dot, dot4, int8_levels, launch_dependents, wait
+from qtp.kernels.triton.launch import dot, dot4, int8_levels, launch_dependents, read_once, wait
 from qtp.kernels.triton.norm import normed
 
 INTEGER_FORM, GATED_FORM, ADDED_FORM = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # as `quantized` says; 0: y
@@ -24,15 +24,13 @@ def quantize(
     which goes to `scales`, with the maximum from `maxima` or from x. Without `out`, only the maximum goes to `scales`."""
     token, at_D = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
     inside_D = at_D < D
+    if g_ptr is not None:
+        g_D = tl.load(g_ptr + at_D, mask=inside_D, other=0.0)
     launch_dependents(PDL)
     wait(PDL)
     x_D = tl.load(x_ptr + token * x_stride + at_D, mask=inside_D, other=0.0)
     if g_ptr is not None:
-        g_D = tl.load(g_ptr + at_D, mask=inside_D, other=0.0)
-        bias_D = g_D
-        if norm_bias_ptr is not None:
-            bias_D = tl.load(norm_bias_ptr + at_D, mask=inside_D, other=0.0)
-        x_D = normed(x_D, g_D, bias_D, D, eps, norm_bias_ptr is not None)
+        x_D = normed(x_D, g_D, norm_bias_ptr, at_D, D, eps)
     x_D = x_D.to(tl.float32)
     if LEVELS > 0:
         most = tl.max(tl.abs(x_D), axis=0) if maxima_ptr is None else tl.load(maxima_ptr + token)
@@ -90,11 +88,6 @@ def _finish(
 
 
 @triton.jit
-def _words(w_N1, at_W, words):
-    return tl.load(w_N1 + at_W[None, :], mask=at_W[None, :] < words, other=0, eviction_policy="evict_first")
-
-
-@triton.jit
 def one_token(
     x_ptr, w_ptr, scale_ptr, token_scale_ptr, quant_bias_ptr, bias_ptr, out_ptr, N, words, w_stride,
     FORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, PDL: tl.constexpr,
@@ -106,20 +99,20 @@ def one_token(
     w_N1 = w_ptr + (held_N.to(tl.int64) * w_stride)[:, None]
     up_N1 = w_ptr + ((held_N + N).to(tl.int64) * w_stride)[:, None]
     sums_NW, up_sums_NW = tl.zeros((BLOCK_N, BLOCK_W), tl.int32), tl.zeros((BLOCK_N, BLOCK_W), tl.int32)
-    w_NW = _words(w_N1, at_W, words)
+    w_NW = read_once(w_N1, at_W, words)
     up_w_NW = w_NW
     if FORM == GATED_FORM:
-        up_w_NW = _words(up_N1, at_W, words)
+        up_w_NW = read_once(up_N1, at_W, words)
     wait(PDL)
     for start in range(0, words, BLOCK_W):
         x_1W = tl.load(x_ptr + (start + at_W)[None, :], mask=(start + at_W)[None, :] < words, other=0)
         x_NW = tl.broadcast_to(x_1W, (BLOCK_N, BLOCK_W))
         next_W = start + BLOCK_W + at_W
-        ahead_NW = _words(w_N1, next_W, words)
+        ahead_NW = read_once(w_N1, next_W, words)
         sums_NW = dot4(w_NW, x_NW, sums_NW)
         w_NW = ahead_NW
         if FORM == GATED_FORM:
-            ahead_NW = _words(up_N1, next_W, words)
+            ahead_NW = read_once(up_N1, next_W, words)
             up_sums_NW = dot4(up_w_NW, x_NW, up_sums_NW)
             up_w_NW = ahead_NW
     launch_dependents(PDL)

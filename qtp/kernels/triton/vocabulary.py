@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qtp.kernels.triton.launch import dot, launch_dependents, options, wait
+from qtp.kernels.triton.launch import dot, launch_dependents, options, read_once, wait
 
 _LOGITS, _KEYS, _BEST = range(3)
 _LOGITS_FORM, _KEYS_FORM, _BEST_FORM = tl.constexpr(_LOGITS), tl.constexpr(_KEYS), tl.constexpr(_BEST)
@@ -75,14 +75,13 @@ def _one_token(
     """Rows of the weight are fetched one round ahead."""
     rows_V, cols_D = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_D)
     w_V1 = w_ptr + (tl.minimum(rows_V, V - 1).to(tl.int64) * w_stride)[:, None]
-    w_VD = tl.load(w_V1 + cols_D[None, :], mask=cols_D[None, :] < D, other=0.0, eviction_policy="evict_first")
+    w_VD = read_once(w_V1, cols_D, D)
     sums_VD = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
     wait(PDL)
     for start in range(0, D, BLOCK_D):
         at_D = start + cols_D
         x_D = tl.load(x_ptr + at_D, mask=at_D < D, other=0.0).to(tl.float32)
-        next_D = at_D + BLOCK_D
-        next_VD = tl.load(w_V1 + next_D[None, :], mask=next_D[None, :] < D, other=0.0, eviction_policy="evict_first")
+        next_VD = read_once(w_V1, at_D + BLOCK_D, D)
         sums_VD += w_VD.to(tl.float32) * x_D[None, :]
         w_VD = next_VD
     launch_dependents(PDL)
