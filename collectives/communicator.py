@@ -1,7 +1,7 @@
 """The contract that every backend keeps."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -29,6 +29,11 @@ class Communicator(ABC):
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sums `x` over all ranks, in place, and returns it. Half precision is summed in float32 and rounded once where the
         backend can. All ranks get the same bits."""
+
+    def sum_at(self, dtype: torch.dtype) -> "tuple[Callable[[int, int, int], None], int] | None":
+        """all_reduce for native code: f and c, f(address, count, c) being that of so many elements of `dtype` in this process's
+        memory. None where there is no such thing, or something is to see each operation."""
+        return None
 
     @abstractmethod
     def all_gather(self, x: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:

@@ -1,9 +1,10 @@
 """A communicator that shows how far its rank is, so that a rank that hangs can be told from those that wait for it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from collectives.communicator import Communicator
@@ -25,6 +26,18 @@ class Pulsed(Wrapped):
     def __init__(self, inner: Communicator, pulse: Pulse) -> None:
         super().__init__(inner)
         self.pulse = pulse
+
+    def sum_at(self, dtype: torch.dtype) -> tuple[Callable[[int, int, int], None], int] | None:
+        inner = self.inner.sum_at(dtype)
+        if inner is None:
+            return None
+        (add, code), pulse = inner, self.pulse
+
+        def counted(address: int, count: int, code: int) -> None:
+            pulse.entered += 1
+            add(address, count, code)
+
+        return counted, code
 
     def _before(self, op: str, tensors: Sequence[Tensor], choice: Any = None) -> None:
         self.pulse.entered += 1

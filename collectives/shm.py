@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -77,6 +77,9 @@ class Shm(Communicator):
         dense = x.contiguous()
         self._group.all_reduce(dense.data_ptr(), dense.numel(), code)
         return x.copy_(dense)
+
+    def sum_at(self, dtype: torch.dtype) -> tuple[Callable[[int, int, int], None], int] | None:
+        return None if self.size == 1 or dtype not in _SUMMED else (self._group.all_reduce, _SUMMED[dtype])
 
     def all_gather(self, x: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
         check_sizes(x, dim, sizes, self.rank, self.size)

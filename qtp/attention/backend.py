@@ -1,10 +1,12 @@
 """What a backend of paged attention offers."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from collectives.communicator import Communicator
 from qtp.batch import Batch
+from qtp.kernels.interface import Op, RowOp, Whole
 
 
 class AttentionBackend(Protocol):
@@ -21,4 +23,13 @@ class AttentionBackend(Protocol):
 
         qkv_THd: [T, H + 2 K, d], queries, keys, values; it may be written to. Queries and keys are turned by their positions
         (arXiv 2104.09864; halves are first and second, not interleaved), keys and values go to the cache at the batch's slots."""
+        ...
+
+
+@runtime_checkable
+class Surrounded(Protocol):
+    """A backend that can do a whole half of a block in one call (`kernels.interface.Joins`)."""
+
+    def surrounded(self, qkv: Op, o: RowOp, comm: Communicator, layer: int, window: int | None) -> Whole | None:
+        """reduce(o(run(qkv(x)))), the sum being over `comm`; None where these cannot go together."""
         ...

@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from collectives.communicator import Communicator
 from qtp.batch import Batch
 from qtp.kernels.extension import native, why_not
+from qtp.kernels.interface import Deferred, Op, RowOp, Whole
+from qtp.kernels.native_kernels import Linear
 from qtp.kernels.native_quantized import DTYPES
 from qtp.kv.cache import KVCache, KVScales
 
@@ -69,6 +72,21 @@ class NativeAttention:
         head = (tokens, sequences, slots_T.data_ptr(), cos.data_ptr(), sin.data_ptr(), *batch.query_lens, *batch.kv_lens)
         step = array("q", [*head, *chain.from_iterable(batch.tables)])
         return _Plan(address=step.buffer_info()[0], step=step, slots_T=slots_T, cos=cos, sin=sin)
+
+    def surrounded(self, qkv: Op, o: RowOp, comm: Communicator, layer: int, window: int | None) -> Whole | None:
+        """As `Surrounded.surrounded`."""
+        if not isinstance(qkv, Linear):
+            return None
+        cache, seen = (self._keys[layer], self._values[layer]), _NO_WINDOW if window is None else window
+        whole = qkv.joined(o, comm, (self._address, *cache, seen, self._scales[layer]))
+        if whole is None:
+            return None
+
+        def run(x: Tensor, plan: object) -> Deferred | None:
+            assert isinstance(plan, _Plan)
+            return whole(x, plan.address)
+
+        return run
 
     def run(self, plan: object, layer: int, qkv_THd: Tensor, window: int | None) -> Tensor:
         assert isinstance(plan, _Plan)

@@ -2,6 +2,6 @@
 
 from collectives.built import Extension
 
-_KERNELS = Extension("qtp.kernels._native", 3, "compiled arithmetic")
+_KERNELS = Extension("qtp.kernels._native", 4, "compiled arithmetic")
 
 native, why_not = _KERNELS.module, _KERNELS.why_not

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, overload
+from typing import Protocol, overload, runtime_checkable
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ Op = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Deferred:
-    """The whole sum of a lone rank, not made yet: add_to(x [T, D], contiguous) adds it to x in the kernel that makes it, and
+    """The whole sum over the ranks, not made yet: add_to(x [T, D], contiguous) adds it to x in the call that makes it, and
     returns x."""
 
     add_to: Op
@@ -23,6 +23,7 @@ class Deferred:
 Partial = Tensor | Unscaled | Deferred  # a rank's part of a sum over ranks
 RowOp = Callable[[Tensor], Partial]
 Reduce = Callable[[Tensor | Unscaled], Tensor]
+Whole = Callable[[Tensor, object], Deferred | None]  # with the attention backend's plan; None: not for so many tokens
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
 Cuts = tuple[int, ...]
@@ -61,6 +62,15 @@ class Head(Protocol):
     def best(self, x: Tensor, count: int, allowed: int) -> tuple[Tensor, Tensor]:
         """The `count` largest of the first `allowed` columns of the logits, values [T, count] float32 and columns [T, count]
         int64, the largest first and the lower column first among equals. count <= allowed <= V."""
+        ...
+
+
+@runtime_checkable
+class Joins(Protocol):
+    """An op that can do a whole half of a block in one call, which saves what Python takes for a step of few tokens."""
+
+    def joined(self, second: RowOp, comm: Communicator) -> Whole | None:
+        """reduce(second(self(x))), the sum being over `comm`; None where these two cannot go together."""
         ...
 
 

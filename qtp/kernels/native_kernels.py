@@ -16,7 +16,7 @@ from collectives.communicator import Communicator
 from collectives.tree import tree_sum
 from qtp.kernels import native_quantized
 from qtp.kernels.extension import native, why_not
-from qtp.kernels.interface import Choose, Cuts, Expert, Experts, Head, Norm, Op
+from qtp.kernels.interface import Choose, Cuts, Deferred, Expert, Experts, Head, Norm, Op, RowOp, Whole
 from qtp.kernels.native_quantized import DTYPES, normed
 from qtp.weights.quantized import Weight
 
@@ -31,7 +31,9 @@ _MANY = {
     "avx2": (64, _NEVER, _NEVER),
     "baseline": (32, 32, 32),
 }
+_FEW = 65  # tokens, from which on what Python takes for a step is nothing beside its products
 _TILE = 512  # tokens; what is larger comes as fresh memory from the system each time, which doubles the time of a product
+Attention = tuple[int, int, int, int, int]  # addresses of the spec, keys and values, the window, the address of scales
 
 
 class NativeKernels:
@@ -62,7 +64,7 @@ class NativeKernels:
         assert bias is None or cuts is None, "a bias would be added to one rank's leaves"
         if norm is not None and norm.bias is not None:
             return _after(self.rms_norm(norm), self.linear(weight, bias, cuts=cuts))
-        return _Linear(weight, bias, norm=norm, cuts=cuts, many=self._many[DTYPES[weight.dtype]])
+        return Linear(weight, bias, norm=norm, cuts=cuts, many=self._many[DTYPES[weight.dtype]])
 
     def joining(self, weight: Weight) -> Op:
         return self.linear(weight)
@@ -70,7 +72,7 @@ class NativeKernels:
     def linear_leaves(self, weight: Weight, cuts: Cuts, across: Communicator | None = None) -> Op:
         if not isinstance(weight, Tensor):
             return native_quantized.linear_leaves(self, weight, cuts, across)
-        leaves = [_Linear(weight[:, a:b], cuts=(0, b - a)) for a, b in pairwise(cuts)]
+        leaves = [Linear(weight[:, a:b], cuts=(0, b - a)) for a, b in pairwise(cuts)]
         return lambda x: torch.stack([leaf(x[:, a:b]) for leaf, (a, b) in zip(leaves, pairwise(cuts), strict=True)])
 
     def gated(self, weight: Weight, *, norm: Norm | None = None) -> Op:
@@ -78,7 +80,7 @@ class NativeKernels:
             return native_quantized.gated(self, weight, norm=norm)
         if norm is not None and norm.bias is not None:
             return _after(self.rms_norm(norm), self.gated(weight))
-        return _Linear(weight, gated=True, norm=norm, many=self._many[DTYPES[weight.dtype]])
+        return Linear(weight, gated=True, norm=norm, many=self._many[DTYPES[weight.dtype]])
 
     def rms_norm(self, norm: Norm) -> Op:
         return lambda x: normed(x, norm)
@@ -120,11 +122,11 @@ class NativeKernels:
         return run
 
 
-class _Linear:
+class Linear:
     """A linear layer, or a gated pair of them. From `many` tokens on, without cuts, torch's matrix product does it, which is
     faster there. (Not where rows are no multiple of 32 long: torch 2.13 with AMX multiplies what lies behind them by 0.)"""
 
-    __slots__ = ("_bias", "_dtype", "_gated", "_many", "_norm", "_outputs", "_run", "_weight")
+    __slots__ = ("_bias", "_dtype", "_gated", "_handle", "_many", "_norm", "_outputs", "_run", "_weight", "_wide")
 
     def __init__(
         self,
@@ -139,8 +141,10 @@ class _Linear:
         self._weight, self._bias, self._gated, self._norm = weight, bias, gated, norm
         self._many = many if cuts is None and weight.shape[1] % 32 == 0 else _NEVER
         self._outputs = weight.shape[0] // (2 if gated else 1)
-        self._dtype = weight.dtype if cuts is None else torch.float32
-        self._run = _handle(weight, bias, gated=gated, norm=norm, cuts=cuts).run
+        self._wide = cuts is not None
+        self._dtype = torch.float32 if self._wide else weight.dtype
+        self._handle = _handle(weight, bias, gated=gated, norm=norm, cuts=cuts)
+        self._run = self._handle.run
 
     def __call__(self, x: Tensor) -> Tensor:
         tokens, outputs = x.shape[0], self._outputs
@@ -151,6 +155,30 @@ class _Linear:
             for some, into in zip(x.split(_TILE), out.split(_TILE), strict=True):
                 self._product(some, into)
         return out
+
+    def joined(self, second: RowOp, comm: Communicator, attention: Attention | None = None) -> Whole | None:
+        """As `Joins.joined`; with the addresses of an attention between the two (`attention.native_backend`), whose plan is the
+        address of a step."""
+        if not isinstance(second, Linear) or self._wide or second._wide or self._weight.dtype != second._weight.dtype:
+            return None
+        sums = comm.sum_at(self._weight.dtype)
+        if sums is None and comm.size > 1:
+            return None
+        add = native.Half(self._handle, second._handle, *(sums or (None, None)), attention).add
+        few = min(_FEW, self._many, second._many)
+
+        def run(x: Tensor, step: Any, held: object = (self, second)) -> Deferred | None:
+            tokens = x.shape[0]
+            if tokens >= few:
+                return None
+
+            def add_to(residual: Tensor) -> Tensor:
+                add(x.data_ptr(), tokens, residual.data_ptr(), step or 0)
+                return residual
+
+            return Deferred(add_to)
+
+        return run
 
     def _product(self, x: Tensor, out: Tensor) -> None:
         if self._norm is not None:
@@ -168,7 +196,7 @@ class _Head:
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
         self._handle = _handle(weight, cuts=(0, weight.shape[1]))
-        self.logits = _Linear(weight, cuts=(0, weight.shape[1]))
+        self.logits = Linear(weight, cuts=(0, weight.shape[1]))
 
     def best(self, x: Tensor, count: int, allowed: int) -> tuple[Tensor, Tensor]:
         assert 0 < count <= allowed <= self._weight.shape[0], (count, allowed, self._weight.shape)

@@ -92,6 +92,7 @@ def block(config: ModelConfig, shard: Shard, place: Place, layer: int, feed_forw
         place.kernels.linear(qkv, bias, norm=norm(config, shard, f"{own}.input_norm")),
         row_linear(shard, place, f"{own}.attention.o.weight"),
         place.attention,
+        place.comm,
         layer=layer,
         head_dim=config.head_dim,
         window=config.sliding_window[layer],
@@ -108,7 +109,7 @@ def norm(config: ModelConfig, shard: Shard, name: str) -> Norm:
 
 def mlp(shard: Shard, place: Place, own: str, norm: Norm) -> GatedMLP:
     gated = place.kernels.gated(shard[f"{own}.gate_up.weight"], norm=norm)
-    return GatedMLP(gated, row_linear(shard, place, f"{own}.down.weight"))
+    return GatedMLP(gated, row_linear(shard, place, f"{own}.down.weight"), place.comm)
 
 
 def row_linear(shard: Shard, place: Place, name: str) -> RowOp:

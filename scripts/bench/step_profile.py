@@ -6,9 +6,10 @@ Runs `LLM.generate` greedily on prompts of --context random ids (--stream: reads
 every step; --top-k: draws) and takes the steps in which all --batch sequences decode. A step lasts from one call of a worker's
 `execute` to the next one. What is timed is wrapped from outside, in this process and in those of the other ranks; each name gets
 the time inside its calls less that of the names inside these, so the names of a rank add up to the step. Figures are medians over
-steps, in microseconds. `outside` is all but kernels (forward, logits and the search of the vocabulary) and collectives, and, on
-ranks above 0, the wait for the plan; `decode plan` runs in a thread of its own and is in no sum. On a machine that others use
-too, --clock cpu counts the thread's own time instead of the wall's.
+steps, in microseconds. Sums inside a half of a block that is one native call are part of `forward`. `outside` is all but kernels
+(forward, logits and the search of the vocabulary) and collectives, and, on ranks above 0, the wait for the plan; `decode plan`
+runs in a thread of its own and is in no sum. On a machine that others use too, --clock cpu counts the thread's own time instead
+of the wall's.
 """
 
 import argparse

@@ -18,8 +18,11 @@ import torch
 from test_communicators import raise_first, run_threads
 
 from collectives import CollectiveError, Communicator, Rendezvous, _native, create, shm
+from collectives.checked import Checked
 from collectives.loopback import _sum as loopback_sum
 from collectives.loopback import loopback
+from collectives.pulse import Pulse, Pulsed
+from collectives.traced import Traced
 
 CPU = torch.device("cpu")
 STRESS = Path(__file__).with_name("stress_ranks.py")
@@ -69,6 +72,34 @@ def test_the_sums_are_those_of_loopback_bit_for_bit() -> None:
     for rank in range(3):
         for a, b in zip(found[rank], expected[rank], strict=True):  # type: ignore[call-overload]
             assert torch.equal(a.view(torch.int8), b.view(torch.int8)), (rank, a.dtype, a.shape)
+
+
+def test_a_sum_for_native_code_is_the_all_reduce() -> None:
+    """Counted as one where collectives are; a wrapper that is to see each operation has none."""
+
+    def sums(comm: Communicator) -> list[torch.Tensor]:
+        pulse, found = Pulse(), []
+        pulsed = Pulsed(comm, pulse)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            x = torch.randn(77, generator=torch.Generator().manual_seed(comm.rank)).to(dtype)
+            for each in (comm, pulsed):
+                y, native = x.clone(), each.sum_at(dtype)
+                assert native is not None
+                native[0](y.data_ptr(), y.numel(), native[1])
+                found.append(y)
+            found.append(comm.all_reduce(x))
+            assert pulsed.sum_at(torch.complex64) is None
+        assert pulse.entered == 3
+        assert Traced(comm).sum_at(torch.float32) is None
+        assert Checked(comm).sum_at(torch.float32) is None
+        return found
+
+    found = run_threads(connected(2), sums)
+    raise_first(found)
+    for native, counted, plain in zip(*[iter(found[0])] * 3, strict=True):  # type: ignore[call-overload]
+        assert torch.equal(native, plain)
+        assert torch.equal(counted, plain)
+    assert connected(1)[0].sum_at(torch.float32) is None
 
 
 def native_sum(isa: int, inputs: list[torch.Tensor]) -> torch.Tensor:

@@ -7,9 +7,14 @@ import pytest
 import torch
 from attention_helper import CPU, NAN, Paged, Sequences, check_independence
 
+from collectives.solo import Solo
+from qtp.attention.native_backend import NativeAttention
 from qtp.attention.torch_backend import TorchAttention
 from qtp.batch import make_batch
 from qtp.kernels.extension import native, why_not
+from qtp.kernels.interface import Norm
+from qtp.kernels.native_kernels import NativeKernels
+from qtp.kv.cache import KVCache
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 ISAS = native.isas() if why_not() is None else []
@@ -110,6 +115,41 @@ def test_a_long_sequence_is_shared_by_threads(isa: int) -> None:
         outs.append(paged.step([(0, 2699, 2700)])[0])
     assert all(torch.equal(out, outs[0]) for out in outs)
     torch.testing.assert_close(outs[0].double(), s.expected(0, 2699, 2700, None), rtol=0.01, atol=0.002)
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 9])
+def test_between_its_two_layers_in_one_call(isa: int, dtype: torch.dtype, window: int | None) -> None:
+    """x + o(attention(qkv(x))), of a chunk of a prompt and then of decodes beside a chunk: the bits of one op after the other."""
+    native.use_isa(isa)
+    torch.set_num_threads(2)
+    generator = torch.Generator().manual_seed(12)
+    heads, kv_of, width, d = 5, (0, 0, 0, 1, 1), 44, 32
+    kernels = NativeKernels()
+    qkv = kernels.linear(
+        torch.randn((heads + 4) * d, width, generator=generator).to(dtype),
+        torch.randn((heads + 4) * d, generator=generator).to(dtype),
+        norm=Norm(torch.randn(width, generator=generator).to(dtype), 1e-6),
+    )
+    o = kernels.linear((torch.randn(width, heads * d, generator=generator) / 8).to(dtype))
+    backends = [NativeAttention(KVCache(2, 12, 8, 2, d, dtype, CPU), kv_of, CPU) for _ in range(2)]
+    for backend in backends:
+        backend.cache.keys.fill_(NAN)
+        backend.cache.values.fill_(NAN)
+    whole = backends[0].surrounded(qkv, o, Solo(CPU), 1, window)
+    assert whole is not None
+    assert backends[0].surrounded(lambda x: x, o, Solo(CPU), 1, window) is None
+    for parts in ([((0,) * 11, 0, (3, 1)), ((0,) * 4, 0, (5,))], [((0,), 4, (5,)), ((0,) * 7, 11, (3, 1, 0))]):
+        batch = make_batch(parts, 8, CPU)
+        angles = torch.rand(len(batch.slots_T), d // 2, generator=generator)
+        x = torch.randn(len(batch.slots_T), width, generator=generator).to(dtype)
+        plans = [backend.plan(batch, angles.cos(), angles.sin()) for backend in backends]
+        deferred, residual = whole(x, plans[0]), x.clone()
+        assert deferred is not None
+        attended = backends[1].run(plans[1], 1, qkv(x).unflatten(-1, (-1, d)), window)
+        assert torch.equal(deferred.add_to(residual), x + o(attended.flatten(1)))
+        assert torch.equal(backends[0].cache.keys[1].nan_to_num(), backends[1].cache.keys[1].nan_to_num())
 
 
 @each_isa

@@ -4,15 +4,18 @@ Shapes, strides and lengths are random and mostly odd; memory that is to be writ
 what may be read.
 """
 
-from collections.abc import Iterator
+import ctypes
+from collections.abc import Callable, Iterator
 from random import Random
 
 import pytest
 import torch
 from torch import Tensor
 
+from collectives.errors import CollectiveError
+from collectives.solo import Solo
 from collectives.tree import tree_sum
-from qtp.kernels.interface import Expert, Norm
+from qtp.kernels.interface import Expert, Joins, Norm
 from qtp.kernels.native_kernels import NativeKernels
 from qtp.kernels.torch_kernels import TorchKernels, top
 
@@ -65,6 +68,21 @@ def test_linear_over_more_tokens_than_are_laid_out_at_once(isa: str) -> None:
         )
 
 
+def test_many_rows_with_few_tokens(isa: str, threads: int) -> None:
+    """More rows than are taken together: the bits that they have with many tokens, whole and by leaves."""
+    for random, generator, dtype in cases(13, 12):
+        rows, columns = random.choice([191, 192, 193, 400, 577]), random.randint(1, 90)
+        weight, x = strided(generator, rows, columns, dtype), strided(generator, 19, columns, dtype)
+        kernels, bias = NativeKernels(deterministic=True), torch.randn(rows, generator=generator).to(dtype)
+        exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+        linear, leaves = kernels.linear(weight, bias), kernels.linear(weight, cuts=(0, columns // 3, columns))
+        assert_close(linear(x), exact + bias.double(), size + bias.double().abs(), dtype)
+        assert_close(leaves(x), exact, size, torch.float32)
+        for start, stop in ((0, 1), (3, 5), (2, 5), (5, 9)):
+            assert torch.equal(linear(x[start:stop]), linear(x)[start:stop]), (dtype, rows, columns, start, stop)
+            assert torch.equal(leaves(x[start:stop]), leaves(x)[start:stop]), (dtype, rows, columns, start, stop)
+
+
 def test_long_rows(isa: str) -> None:
     """Rows that are taken in several pieces, in one leaf and in two."""
     for random, generator, dtype in cases(12, 12):
@@ -114,6 +132,79 @@ def test_gated(isa: str, threads: int) -> None:
         size = (x.double().abs() @ weight.double().abs().T).view(tokens, 2, width)
         exact = torch.nn.functional.silu(gate) * up
         assert_close(NativeKernels().gated(weight)(x), exact, (1 + size[:, 0]) * (1 + size[:, 1]), dtype)
+
+
+class TwoAlike(Solo):
+    """Two ranks that always have the same."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.size = 2
+
+    def sum_at(self, dtype: torch.dtype) -> tuple[Callable[[int, int, int], None], int]:
+        def double(address: int, count: int, code: int) -> None:
+            assert code == 7
+            size = count * dtype.itemsize
+            memory = (ctypes.c_byte * size).from_address(address)
+            torch.frombuffer(memory, dtype=dtype).mul_(2)
+
+        return double, 7
+
+
+def test_two_layers_in_one_call(isa: str, threads: int) -> None:
+    """x + reduce(down(gated(norm(x)))): the bits of one op after the other."""
+    for random, generator, dtype in cases(14, 12):
+        width, inner, tokens = random.randint(1, 70), random.randint(1, 90), random.choice([1, 2, 3, 5, 9, 31])
+        norm = Norm(torch.randn(width, generator=generator).to(dtype), 1e-6)
+        gated = NativeKernels().gated(strided(generator, 2 * inner, width, dtype, 0.2), norm=norm)
+        down = NativeKernels().linear(strided(generator, width, inner, dtype))
+        assert isinstance(gated, Joins)
+        x = torch.randn(tokens, width, generator=generator).to(dtype)
+        for comm, ranks in ((Solo(torch.device("cpu")), 1), (TwoAlike(), 2)):
+            whole = gated.joined(down, comm)
+            assert whole is not None
+            deferred, residual = whole(x, None), x.clone()
+            assert deferred is not None
+            assert deferred.add_to(residual) is residual
+            assert torch.equal(residual, x + ranks * down(gated(x))), (dtype, width, inner, tokens, ranks)
+            assert whole(torch.zeros(65, width, dtype=dtype), None) is None
+
+
+def test_a_sum_that_fails_leaves_the_residual_stream_as_it_was() -> None:
+    generator = torch.Generator().manual_seed(15)
+    first, second = (NativeKernels().linear(strided(generator, 8, 8, torch.float32)) for _ in range(2))
+
+    class Broken(TwoAlike):
+        def sum_at(self, dtype: torch.dtype) -> tuple[Callable[[int, int, int], None], int]:
+            def fail(address: int, count: int, code: int) -> None:
+                raise CollectiveError("a peer is gone")
+
+            return fail, 0
+
+    assert isinstance(first, Joins)
+    whole = first.joined(second, Broken())
+    x = torch.randn(2, 8, generator=generator)
+    kept = x.clone()
+    assert whole is not None
+    deferred = whole(x, None)
+    assert deferred is not None
+    with pytest.raises(CollectiveError, match="a peer is gone"):
+        deferred.add_to(x)
+    assert torch.equal(x, kept)
+
+
+def test_what_does_not_go_in_one_call() -> None:
+    generator, solo = torch.Generator().manual_seed(16), Solo(torch.device("cpu"))
+    weight = strided(generator, 8, 8, torch.float32)
+    kernels = NativeKernels()
+    linear, leaves = kernels.linear(weight), kernels.linear(weight, cuts=(0, 3, 8))
+    assert isinstance(linear, Joins)
+    assert linear.joined(leaves, solo) is None
+    assert linear.joined(kernels.linear(weight.bfloat16()), solo) is None
+    assert linear.joined(lambda x: x, solo) is None
+
+    solo.size = 2  # and no `sum_at`
+    assert linear.joined(linear, solo) is None
 
 
 def test_silu_far_from_zero(isa: str) -> None:

@@ -39,7 +39,8 @@ class Case:
     def shape(self, columns: Sequence[int] = ()) -> tuple[int, int, int]:
         """Tokens, outputs, columns."""
         random = self.random
-        return random.choice(TOKENS), random.randint(1, 150), random.choice(columns) if columns else random.randint(1, 300)
+        rows = random.choice((random.randint(1, 150), random.randint(250, 600)))  # more than are taken together, too
+        return random.choice(TOKENS), rows, random.choice(columns) if columns else random.randint(1, 300)
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         return scale * torch.randn(shape, generator=self.generator)

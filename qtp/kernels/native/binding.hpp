@@ -35,11 +35,24 @@ using FastCall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
 
 inline PyCFunction fast(FastCall call) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)); }
 
+struct Linear;
+
+// The layer that an object of the type Linear holds; null if it is of another type.
+const Linear* linear_of(PyObject* object);
+
 // Adds Linear and Experts. False: an exception is set.
 bool add_linear_types(PyObject* module);
 
+// Adds Half, likewise.
+bool add_half_type(PyObject* module);
+
 // Adds Int8Linear and scale_sums, likewise.
 bool add_int8_type(PyObject* module);
+
+// spec and step are arrays of int64: dtype, heads, KV heads, width, block size, starts; and tokens, sequences, slots, cos, sin,
+// query_lens, kv_lens, tables. scales: null, or for int8 keys and values an array of addresses in the order of Scales.
+void attend(const void* spec, const void* step, void* keys, void* values, void* qkv, size_t stride, size_t window, void* out,
+            const void* scales);
 
 extern PyMethodDef attention_functions[];
 

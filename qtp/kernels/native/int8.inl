@@ -12,6 +12,7 @@ namespace compressed {
 }  // namespace compressed
 
 constexpr size_t kBlock = 32;    // outputs that are finished together
+constexpr size_t kFar = 256;     // the same with few tokens: long enough for streams
 constexpr size_t kWorthUnpacking = 8, kGroupsWorthUnpacking = 3;  // tiles of tokens, measured with AVX2 on 896 x 9728
 constexpr size_t kPiece = 1024;  // columns that are added up by themselves: a tile of tokens stays in the first cache
 
@@ -22,6 +23,9 @@ QTP_INLINE bool grouped(const Int8Linear& linear) {
 
 // Whether no vector of columns lies in two groups.
 QTP_INLINE bool even_groups(const Int8Linear& linear) { return linear.group % kLanes == 0 && linear.phase % kLanes == 0; }
+
+// Whether reading W takes longer than multiplying.
+QTP_INLINE bool few(const Int8Linear& linear, size_t tokens) { return tokens <= kFewTokens && (!grouped(linear) || even_groups(linear)); }
 
 // A place among the columns of a row, and the group it is in.
 struct Walk {
@@ -73,6 +77,7 @@ constexpr size_t kPitch = kPiece + 16;  // floats; keeps rows off the same sets 
 // What a thread needs for itself.
 template <class Op>
 struct Work {
+  static_assert(kFewTokens * kFar <= kMostInt8Tokens * kBlock);
   typename Op::Sum got[kMostInt8Tokens * kBlock];
   float values[Op::integer ? 1 : kBlock * kPitch];
 };
@@ -101,16 +106,18 @@ float lay_token(const Int8Linear& linear, const typename E::stored* x, const flo
   return scale[0];
 }
 
-// What memory is asked for while something else is computed: from `at` to `end`, front to back, some lines a step.
-template <int Lines>
+struct Nothing {
+  QTP_INLINE void go() {}
+};
+
+// What memory is asked for while something else is computed: from `at` to `end`, front to back, a line a step.
 struct Ahead {
   const int8_t *at, *end;
 
   QTP_INLINE void go() {
     if (at >= end) return;
-#pragma GCC unroll 8
-    for (int i = 0; i < Lines; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
-    at += 64 * Lines;
+    __builtin_prefetch(at, 0, 2);
+    at += 64;
   }
 };
 
@@ -126,7 +133,8 @@ QTP_INLINE size_t multiply(const Weight& weight, const typename Op::X* x, size_t
     ahead.go();
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
-      const typename Op::V y = Op::token(x + size_t(t) * pitch + i);
+      typename Op::V y = Op::token(x + size_t(t) * pitch + i);
+      hold(y);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[t * R + r] = Op::dot(acc[t * R + r], w[r], y);
     }
@@ -142,48 +150,54 @@ struct Rows {
 
   const Int8Linear& linear;
   const Prepared<Op>& input;
-  size_t first, count;  // count <= kBlock
+  size_t first, count, width;  // count <= width: outputs that are finished together
   Work<Op>& work;
+  size_t apart;  // rows that go together are so far from each other
 
-  QTP_INLINE size_t row(size_t r) const { return first + (r < count ? r : count - 1); }
+  QTP_INLINE Rows(const Int8Linear& linear, const Prepared<Op>& input, size_t first, size_t count, size_t width, Work<Op>& work)
+      : linear(linear), input(input), first(first), count(count), width(width), work(work),
+        apart(few(linear, input.tokens) ? (count + kReaders - 1) / kReaders : 1) {}
+
+  // The i-th of the rows that go together with row r.
+  QTP_INLINE size_t row(size_t r, size_t i = 0) const { return first + (r + i * apart < count ? r + i * apart : count - 1); }
 
   void all() const {
-    const bool values = grouped(linear);
-    if (input.tokens > 2 || (values && !even_groups(linear))) return tiles();
-    if (values) return input.tokens == 1 ? whole_rows<kAlone, 1, true>() : whole_rows<kFew, 2, true>();
-    input.tokens == 1 ? whole_rows<kAlone, 1, false>() : whole_rows<kFew, 2, false>();
+    if (!few(linear, input.tokens)) return tiles();
+    grouped(linear) ? streams<true>() : streams<false>();
   }
 
-  // R rows at a time, whole.
-  template <int R, int T, bool Values>
-  QTP_INLINE void whole_rows() const {
-    constexpr int kLines = R * Op::step >= 64 ? R * Op::step / 64 : 1;
-    const size_t fits = linear.stride == linear.k ? R * linear.stride : 0;
-    for (size_t r = 0; r < count; r += R) {
-      const size_t after = linear.rows - first - r >= 2 * R ? fits : 0;
-      const int8_t* next = linear.weight + (first + r) * linear.stride + after;
-      Ahead<kLines> ahead{next, next + after};
-      Walk walk(linear);
-      do {
-        const size_t end = piece_end(linear, walk.at);
-        typename Op::A acc[R * T] = {};
-        const bool begins = walk.at == 0;
-        if constexpr (Op::integer) {
-          exact<R, T>(walk.at, end, r, 0, acc, ahead);
-          walk.at = end;
-        } else {
-          walk = piece<R, T, Values>(walk, end, r, 0, acc, ahead);
-        }
-        add<R, T>(acc, r, 0, begins);
-      } while (walk.at < linear.k);
-    }
+  // Whole rows, some at a time, far apart, each followed by the one behind it: so each of kReaders goes through memory without a
+  // break, and the processor fetches ahead of them by itself.
+  template <bool Values>
+  QTP_INLINE void streams() const {
+    for (size_t r = 0; r < apart; ++r)
+      for (size_t t = 0; t < input.tokens; t += 2) input.tokens - t == 1 ? whole_rows<1, Values>(r, t) : whole_rows<2, Values>(r, t);
+  }
+
+  template <int T, bool Values>
+  QTP_INLINE void whole_rows(size_t r, size_t t) const {
+    constexpr int R = kReaders;
+    Nothing nothing;
+    Walk walk(linear);
+    do {
+      const size_t end = piece_end(linear, walk.at);
+      typename Op::A acc[R * T] = {};
+      const bool begins = walk.at == 0;
+      if constexpr (Op::integer) {
+        exact<R, T>(walk.at, end, r, t, acc, nothing);
+        walk.at = end;
+      } else {
+        walk = piece<R, T, Values>(walk, end, r, t, acc, nothing);
+      }
+      add<R, T>(acc, r, t, begins);
+    } while (walk.at < linear.k);
   }
 
   // Piece after piece, tile of tokens after tile.
   void tiles() const {
     const size_t after = linear.rows - first >= 2 * kBlock && linear.stride == linear.k ? kBlock * linear.stride : 0;
     const int8_t* next = linear.weight + first * linear.stride + after;
-    Ahead<1> ahead{next, next + after};
+    Ahead ahead{next, next + after};
     const size_t tiles = (input.tokens + kTokens - 1) / kTokens;
     const bool unpacked = grouped(linear) ? tiles >= kGroupsWorthUnpacking || !even_groups(linear) : tiles >= kWorthUnpacking;
     Walk walk(linear);
@@ -242,7 +256,7 @@ struct Rows {
   QTP_INLINE void exact(size_t begin, size_t end, size_t r, size_t t, typename Op::A* acc, Ahead& ahead) const {
     const int8_t* rows[R];
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) rows[i] = linear.weight + row(r + size_t(i)) * linear.stride;
+    for (int i = 0; i < R; ++i) rows[i] = linear.weight + row(r, size_t(i)) * linear.stride;
     const X* x = input.x + t * input.pitch;
     const size_t whole = begin + (end - begin) / Op::step * Op::step;
     if (whole < end) {
@@ -272,8 +286,8 @@ struct Rows {
     Affine affine[R];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-      rows[i] = linear.weight + row(r + size_t(i)) * linear.stride;
-      if (Values) affine[i] = Affine(linear, row(r + size_t(i)), walk.group);
+      rows[i] = linear.weight + row(r, size_t(i)) * linear.stride;
+      if (Values) affine[i] = Affine(linear, row(r, size_t(i)), walk.group);
     }
     const auto value = [&](int i, F w) __attribute__((always_inline)) { return Values ? fma(w, affine[i].scale, affine[i].shift) : w; };
     const auto whole = [&](int i, size_t at) __attribute__((always_inline)) { return value(i, Op::weight(rows[i] + at)); };
@@ -293,8 +307,8 @@ struct Rows {
     Sum sums[R * T];
     all_sums<R * T>(acc, sums);
     for (int j = 0; j < T; ++j) {
-      Sum* to = work.got + (t + size_t(j)) * kBlock + r;
-      for (int i = 0; i < R; ++i) to[i] = begins ? sums[j * R + i] : Op::plus(to[i], sums[j * R + i]);
+      Sum* to = work.got + (t + size_t(j)) * width + r;
+      for (int i = 0; i < R; ++i, to += apart) *to = begins ? sums[j * R + i] : Op::plus(*to, sums[j * R + i]);
     }
   }
 };
@@ -413,11 +427,12 @@ void run(const Int8Linear& linear, size_t tokens, void* memory, int thread, void
     const size_t item = form == Form::kDType ? sizeof(typename E::stored) : 4;
     const Prepared<Op> input(linear, tokens, memory);
     Work<Op>& work = reinterpret_cast<Work<Op>*>(static_cast<char*>(memory) + input.bytes())[thread];
-    for (size_t row = range.begin; row < range.end; row += kBlock) {
-      const size_t count = range.end - row < kBlock ? range.end - row : kBlock;
-      Rows<Op>{linear, input, row, count, work}.all();
+    const size_t width = few(linear, tokens) ? kFar : kBlock;
+    for (size_t row = range.begin; row < range.end; row += width) {
+      const size_t count = range.end - row < width ? range.end - row : width;
+      Rows<Op>(linear, input, row, count, width, work).all();
       for (size_t t = 0; t < tokens; ++t)
-        finish<Op, E>(linear, input.scales + t, work.got + t * kBlock, row, count, static_cast<char*>(out) + (t * out_stride + row) * item,
+        finish<Op, E>(linear, input.scales + t, work.got + t * width, row, count, static_cast<char*>(out) + (t * out_stride + row) * item,
                       form);
     }
   });

@@ -1,10 +1,11 @@
 // How elements of W meet those of x, for int8.inl: `step` of a row at a time, of which lanes of A get one product or the sum of some.
 //
 // weight(w): `step` elements; weight(w, n): the first n < step of them, then zeros, so that what x has there does not count.
-// put(to, x, scale, offset): kLanes elements of x as they are multiplied. kRows x kTokens sums stay in registers; kAlone, kFew: rows
-// for one token, and for two.
+// put(to, x, scale, offset): kLanes elements of x as they are multiplied. kRows x kTokens sums stay in registers; kReaders: rows for
+// one or two of at most kFewTokens tokens.
 
-constexpr int kAlone = 4, kFew = 4;
+constexpr int kReaders = 4;
+constexpr size_t kFewTokens = 8;
 constexpr int kRows = QTP_AVX512 ? 4 : 2;
 constexpr int kTokens = QTP_AVX512 ? 6 : 5;
 

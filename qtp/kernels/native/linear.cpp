@@ -16,12 +16,6 @@ namespace {
 constexpr size_t kWorthAThread = 48 * 1024;  // bytes of weights that a thread reads while another is being woken
 constexpr size_t kUnit = 32;
 
-struct Memory {
-  void* at = nullptr;
-  size_t bytes = 0;
-  ~Memory() { std::free(at); }
-};
-
 int threads_for(const Linear& linear, size_t tokens) {
   const size_t work = linear.rows * linear.k * kItemBytes[int(linear.dtype)] * (1 + tokens / 8);
   const size_t most = work / kWorthAThread + 1;
@@ -35,13 +29,7 @@ const LinearTable& linear_table(DType dtype) { return QTP_CHOOSE(kLinear)[int(dt
 
 void* scratch(size_t bytes) {
   thread_local Memory memory;
-  if (memory.bytes < bytes) {
-    std::free(memory.at);
-    memory.bytes = (bytes + 4095) / 4096 * 4096;
-    memory.at = std::aligned_alloc(4096, memory.bytes);
-    if (memory.at == nullptr) std::abort();
-  }
-  return memory.at;
+  return memory.of(bytes);
 }
 
 void run_linear(const Linear& linear, const void* x, size_t tokens, size_t x_stride, void* out, size_t out_stride) {

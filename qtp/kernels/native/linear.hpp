@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 
 #include "isa.hpp"
 #include "parallel.hpp"
@@ -51,7 +52,26 @@ struct LinearTable {
 
 const LinearTable& linear_table(DType dtype);
 
-// Memory of this thread, kept for the next call; its content is lost with that.
+// Memory that is kept, but not what is in it, for as long as no more is wanted.
+class Memory {
+ public:
+  ~Memory() { std::free(at_); }
+  void* of(size_t bytes) {
+    if (bytes_ < bytes) {
+      std::free(at_);
+      bytes_ = (bytes + 4095) / 4096 * 4096;
+      at_ = std::aligned_alloc(4096, bytes_);
+      if (at_ == nullptr) std::abort();
+    }
+    return at_;
+  }
+
+ private:
+  void* at_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// Memory of this thread, until the next call.
 void* scratch(size_t bytes);
 
 }  // namespace qtp

@@ -5,13 +5,16 @@ struct Tiles {
   using X = uint32_t;
   static constexpr size_t kSide = 16, kStep = 32;
   static constexpr size_t kBlock = 2 * kSide;
-  static constexpr size_t kUnit = 96, kSpare = 0;
+  static constexpr size_t kUnit = 96;
   static constexpr size_t kTile = kSide * kSide;
   static constexpr size_t kFetched = 64 * 1024;  // bytes of 16 rows; longer ones the processor fetches better by itself
 
   const Linear& linear;
   const X* x;
   size_t x_stride, tokens;
+
+  static QTP_INLINE size_t width(size_t) { return kBlock; }
+  static QTP_INLINE size_t floats(size_t tokens) { return 2 * tokens * kBlock; }
 
   static QTP_INLINE size_t steps(const Linear& linear) { return prepared_length<Pairs>(linear) / kStep; }
 

@@ -102,10 +102,6 @@ void free_experts(PyObject* self_) {
   free_object(self_);
 }
 
-const Linear* linear_of(PyObject* pair, Py_ssize_t place) {
-  return &reinterpret_cast<PyLinear*>(PyTuple_GET_ITEM(pair, place))->linear;
-}
-
 // Experts((gate_up, down) or None, one for each expert)
 PyObject* make_experts(PyTypeObject* type, PyObject* args, PyObject*) {
   const size_t count = size_t(PyTuple_GET_SIZE(args));
@@ -122,12 +118,14 @@ PyObject* make_experts(PyTypeObject* type, PyObject* args, PyObject*) {
   for (size_t i = 0; i < count; ++i) {
     PyObject* pair = PyTuple_GET_ITEM(args, Py_ssize_t(i));
     if (pair == Py_None) continue;
-    if (!PyTuple_Check(pair) || PyTuple_GET_SIZE(pair) != 2 || Py_TYPE(PyTuple_GET_ITEM(pair, 0))->tp_dealloc != free_object ||
-        Py_TYPE(PyTuple_GET_ITEM(pair, 1))->tp_dealloc != free_object) {
+    const bool two = PyTuple_Check(pair) && PyTuple_GET_SIZE(pair) == 2;
+    const Linear* gate_up = two ? linear_of(PyTuple_GET_ITEM(pair, 0)) : nullptr;
+    const Linear* down = two ? linear_of(PyTuple_GET_ITEM(pair, 1)) : nullptr;
+    if (gate_up == nullptr || down == nullptr) {
       Py_DECREF(object);
       return PyErr_Format(PyExc_TypeError, "an expert is two Linears, or None");
     }
-    self->held[i] = {*linear_of(pair, 0), *linear_of(pair, 1)};
+    self->held[i] = {*gate_up, *down};
     self->by_index[i] = &self->held[i];
   }
   return object;
@@ -157,6 +155,10 @@ PyType_Slot experts_slots[] = {{Py_tp_new, reinterpret_cast<void*>(make_experts)
 PyType_Spec experts_spec = {"qtp.kernels._native.Experts", sizeof(PyExperts), 0, Py_TPFLAGS_DEFAULT, experts_slots};
 
 }  // namespace
+
+const Linear* linear_of(PyObject* object) {
+  return Py_TYPE(object)->tp_dealloc == free_object ? &reinterpret_cast<PyLinear*>(object)->linear : nullptr;
+}
 
 bool add_linear_types(PyObject* module) {
   PyObject* linear = PyType_FromSpec(&linear_spec);

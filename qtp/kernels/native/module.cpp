@@ -10,7 +10,7 @@
 namespace qtp {
 namespace {
 
-constexpr long kInterface = 3;          // raised when a signature changes: an old build is then told from a new one
+constexpr long kInterface = 4;          // raised when a signature changes: an old build is then told from a new one
 constexpr size_t kWorthAThread = 32768;  // elements
 
 int threads_for_rows(size_t rows, size_t width) {
@@ -116,7 +116,7 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "qtp.kernels._native", nullptr,
 PyMODINIT_FUNC PyInit__native() {
   PyObject* module = PyModule_Create(&qtp::definition);
   if (module == nullptr) return nullptr;
-  if (!qtp::add_linear_types(module) || !qtp::add_int8_type(module) ||
+  if (!qtp::add_linear_types(module) || !qtp::add_half_type(module) || !qtp::add_int8_type(module) ||
       PyModule_AddIntConstant(module, "INTERFACE", qtp::kInterface) != 0 ||
       PyModule_AddFunctions(module, qtp::attention_functions) != 0) {
     Py_DECREF(module);

@@ -24,6 +24,8 @@ struct RowsTable {
   void (*add)(float* sum, const void* weight, const float* y, Range columns);
   // out[i] += sum[i], rounded once.
   void (*finish)(void* out, const float* sum, Range columns);
+  // x[i] += y[i], of the table's dtype both.
+  void (*join)(void* x, const void* y, Range columns);
 };
 
 const RowsTable& rows_table(DType dtype);

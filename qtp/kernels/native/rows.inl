@@ -94,8 +94,18 @@ void finish(void* out_, const float* sum, Range columns) {
 }
 
 template <class E>
+void join(void* x_, const void* y_, Range columns) {
+  typename E::stored* x = static_cast<typename E::stored*>(x_);
+  const typename E::stored* y = static_cast<const typename E::stored*>(y_);
+  for (size_t i = columns.begin; i < columns.end; i += kLanes) {
+    const size_t n = columns.end - i;
+    store_up_to<E>(x + i, load_up_to<E>(x + i, n) + load_up_to<E>(y + i, n), n);
+  }
+}
+
+template <class E>
 constexpr RowsTable table() {
-  return {norm<E>, gate<E>, scale<E>, choose<E>, add<E>, finish<E>};
+  return {norm<E>, gate<E>, scale<E>, choose<E>, add<E>, finish<E>, join<E>};
 }
 
 }  // namespace

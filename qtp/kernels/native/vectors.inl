@@ -31,6 +31,24 @@ QTP_INLINE F fma(F a, F b, F c) {
 #endif
 }
 
+// acc + w * x as fma has it, in the register of acc: GCC likes to put it in that of w or x, and then moves sums about.
+QTP_INLINE F added(F acc, F w, F x) {
+#if QTP_AVX2 && !QTP_AVX512
+  asm("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(w), "x"(x));
+  return acc;
+#else
+  return fma(w, x, acc);
+#endif
+}
+
+// Keeps what was loaded in a register: GCC would rather load it again for each of its uses, and two loads a cycle are the limit.
+template <class V>
+QTP_INLINE void hold([[maybe_unused]] V& x) {
+#if QTP_AVX2 && !QTP_AVX512
+  asm("" : "+x"(x));
+#endif
+}
+
 QTP_INLINE F larger(F a, F b) { return a > b ? a : b; }  // b where one is not a number
 
 QTP_INLINE float sum(F x) {
