@@ -35,6 +35,14 @@ class Communicator(ABC):
         memory. None where there is no such thing, or something is to see each operation."""
         return None
 
+    def captures(self, nbytes: int) -> bool:
+        """Whether all_reduce, and all_gather without sizes, can be part of a CUDA graph where the result has up to `nbytes`
+        bytes. The same on every rank."""
+        return False
+
+    def check(self) -> None:
+        """Raises CollectiveError if one that was begun before, by a CUDA graph perhaps, is known to have failed. Waits for none."""
+
     @abstractmethod
     def all_gather(self, x: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
         """The tensors of all ranks joined along `dim`, in rank order. Shapes are equal, except that with `sizes` rank i's

@@ -25,12 +25,13 @@ _ALIGNED = 16
 
 class CudaIpc(Wrapped):
     """Sums tensors of SUMMED dtypes up to `limit` bytes by itself, half precision in float32, in the order of the ranks: the bits
-    are those of `loopback`, the same on every rank. `inner`, which belongs to this one from now on, does the rest: NCCL where
-    each rank has a card of its own, else `Staged`. Ranks that share a card take turns on it, which is right and slow.
+    are those of `loopback`, the same on every rank. Gathers equal shapes up to `limit` bytes in all. `inner`, which belongs to
+    this one from now on, does the rest: NCCL where each rank has a card of its own, else `Staged`. Ranks that share a card take
+    turns on it, which is right and slow.
 
-    Nothing here waits for the device, so these sums can be part of a CUDA graph, and what goes wrong is seen later: a kernel
-    that has waited for a peer for `timeout` seconds gives up, its sum is of no use, and the next operation here, or `close`,
-    raises CollectiveError. `abort` ends kernels that wait. Calls must be in one order on the device: one stream at a time. A
+    Nothing here waits for the device, so this can be part of a CUDA graph, and what goes wrong is seen later: a kernel
+    that has waited for a peer for `timeout` seconds gives up, its sum is of no use, and the next operation here, `check` or
+    `close` raises CollectiveError. `abort` ends kernels that wait. Calls must be in one order on the device: one stream at a time. A
     graph must not be replayed once this is closed.
 
     Every rank of `inner` must construct it at once, with its device the current one. ValueError on every rank if one of them
@@ -54,6 +55,26 @@ class CudaIpc(Wrapped):
         dense = x if ready else x.clone(memory_format=torch.contiguous_format)
         self._sum(dense)
         return x if ready else x.copy_(dense)
+
+    def all_gather(self, x: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
+        """By a sum of bits, of which each rank has its part and zeros elsewhere."""
+        self._check()
+        words = -(-x.nbytes // 4)
+        if self.size == 1 or sizes is not None or not words or x.device != self.device or 4 * words * self.size > self._limit:
+            return self.inner.all_gather(x, dim, sizes)
+        mine = x.movedim(dim, 0)
+        rows = torch.zeros(self.size, words, dtype=torch.int32, device=x.device)
+        bits = rows.view(torch.uint8)[:, : x.nbytes]
+        bits[self.rank].view(x.dtype).view(mine.shape).copy_(mine)
+        self._sum(rows)
+        return bits.contiguous().view(x.dtype).view(-1, *mine.shape[1:]).movedim(0, dim)
+
+    def captures(self, nbytes: int) -> bool:
+        return nbytes <= self._limit or self.inner.captures(nbytes)
+
+    def check(self) -> None:
+        self._check()
+        self.inner.check()
 
     def abort(self) -> None:
         self._ended = self._ended or "was aborted"

@@ -39,6 +39,9 @@ class Pulsed(Wrapped):
 
         return counted, code
 
+    def captures(self, nbytes: int) -> bool:
+        return self.inner.captures(nbytes)
+
     def _before(self, op: str, tensors: Sequence[Tensor], choice: Any = None) -> None:
         self.pulse.entered += 1
 

@@ -57,6 +57,7 @@ class Backend:
     blocks: bool
     group: Callable[[Any, int, int, Rendezvous], Any]
     abort: Callable[[Any], None] = lambda group: group.abort()
+    captures: bool = False
 
 
 class TorchGroup(Communicator):
@@ -79,6 +80,9 @@ class TorchGroup(Communicator):
         dense = x.to(torch.float32 if x.dtype in _HALF else x.dtype, memory_format=torch.contiguous_format, copy=True)
         self._run(lambda: self._group.allreduce([dense]))
         return x.copy_(dense)
+
+    def captures(self, nbytes: int) -> bool:
+        return self._backend.captures
 
     def all_gather(self, x: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
         check_sizes(x, dim, sizes, self.rank, self.size)
@@ -292,7 +296,7 @@ def _nccl_group(store: Any, rank: int, size: int, rendezvous: Rendezvous) -> Any
 
 
 GLOO = Backend(name="gloo", device_type="cpu", half_sum=False, scatters=False, blocks=True, group=_gloo_group)
-NCCL = Backend(name="nccl", device_type="cuda", half_sum=True, scatters=True, blocks=False, group=_nccl_group)
+NCCL = Backend(name="nccl", device_type="cuda", half_sum=True, scatters=True, blocks=False, group=_nccl_group, captures=True)
 
 
 def gloo(rendezvous: Rendezvous, device: torch.device, *, chosen: str = "gloo") -> Communicator:

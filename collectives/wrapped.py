@@ -45,6 +45,9 @@ class Wrapped(Communicator):
         self._before("all_to_all", parts)
         return self.inner.all_to_all(parts)
 
+    def check(self) -> None:
+        self.inner.check()
+
     def barrier(self) -> None:
         self._before("barrier", [])
         self.inner.barrier()

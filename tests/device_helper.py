@@ -62,6 +62,7 @@ LEFT_OUT = {
     "tests/unit/test_native_kernels.py": NATIVE,
     "tests/unit/test_quantized_kernels.py": NATIVE,
     "tests/unit/test_sparse_kernels.py": NATIVE,
+    "tests/unit/test_triton_memory.py": "watches Triton's interpreter, which runs on CPUs",
 }
 
 # What runs on the card; the rest of the tests does the same with either choice.

@@ -1,12 +1,12 @@
 """CUDA graphs for tests: the real ones on a card, and a stand-in on the CPU that holds to their rules.
 
-The stand-in notes what torch's operations and kernels in Triton's interpreter work on while it captures. A replay does the same
-to the same memory: numbers that the host had then stay as they were. What waits for the device cannot be captured.
+The stand-in notes what torch's operations and kernels in Triton's interpreter work on while its thread captures. A replay does the
+same to the same memory: numbers that the host had then stay as they were. What waits for the device cannot be captured.
 """
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from threading import RLock
 from typing import Any
 from unittest.mock import Mock
 
@@ -16,6 +16,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from triton_helper import DEVICE, interpreter
+
+from collectives.wrapped import Wrapped
+
+_launch = interpreter.GridExecutor.__call__
+_here = threading.local()  # graph: the StandIn that this thread captures
 
 
 class StandIn:
@@ -28,20 +33,12 @@ class StandIn:
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        steps, launch = self.steps, interpreter.GridExecutor.__call__
-
-        def noted(executor: Any, *args: Any, **kwargs: Any) -> None:
-            steps.append(lambda: launch(executor, *args, **kwargs))
-            with _disable_current_modes():
-                launch(executor, *args, **kwargs)
-
-        with _CAPTURES:
-            interpreter.GridExecutor.__call__ = noted
-            try:
-                with _Noting(self):
-                    yield
-            finally:
-                interpreter.GridExecutor.__call__ = launch
+        _here.graph = self
+        try:
+            with _Noting(self):
+                yield
+        finally:
+            _here.graph = None
 
     def replay(self) -> None:
         """What the graph itself makes is poisoned first: memory of a graph holds nothing from one replay to the next."""
@@ -53,7 +50,50 @@ class StandIn:
             step()
 
 
-_CAPTURES = RLock()
+def _noted(executor: Any, *args: Any, **kwargs: Any) -> None:
+    graph = getattr(_here, "graph", None)
+    if graph is not None:
+        graph.steps.append(lambda: _launch(executor, *args, **kwargs))
+    with _disable_current_modes():
+        _launch(executor, *args, **kwargs)
+
+
+interpreter.GridExecutor.__call__ = _noted
+
+
+class InGraphs(Wrapped):
+    """A communicator of threads whose sums, and gathers of equal shapes, can be part of a stand-in: up to `limit` bytes."""
+
+    def __init__(self, inner: Any, limit: int = 1 << 30) -> None:
+        super().__init__(inner)
+        self.limit = limit
+
+    def captures(self, nbytes: int) -> bool:
+        return nbytes <= self.limit
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        graph = getattr(_here, "graph", None)
+        if graph is not None:
+            graph.steps.append(lambda: self.inner.all_reduce(x))
+        with _disable_current_modes():
+            return self.inner.all_reduce(x)
+
+    def all_gather(self, x: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
+        graph = getattr(_here, "graph", None)
+        with _disable_current_modes():
+            found = self.inner.all_gather(x, dim, sizes)
+        if graph is not None:
+            assert sizes is None
+            assert found.nbytes <= self.limit
+            graph.steps.append(lambda: found.copy_(self.inner.all_gather(x, dim)))
+            graph.made.append(found)
+        return found
+
+    def _before(self, op: str, tensors: Sequence[Tensor], choice: Any = None) -> None:
+        assert getattr(_here, "graph", None) is None, f"{op} inside a graph"
+
+    def _around(self, child: Any) -> "InGraphs":
+        return InGraphs(child, self.limit)
 
 
 class _Noting(TorchDispatchMode):

@@ -1,7 +1,7 @@
 """To be imported before triton: kernels run on a CUDA device if there is one, and else in Triton's interpreter, on the CPU."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from threading import RLock
 from typing import Any
@@ -40,6 +40,52 @@ def _rounded(data: Any, source: Any, target: Any, rounding: Any) -> Any:
 
 interpreter._convert_float = _rounded
 
+
+class _Watched:
+    """The interpreter's memory: an IndexError for what lies outside of the tensors that the kernel was given. Else that would be
+    no error here, and on a card only where nothing else lies by chance.
+
+    Not so where kernels know tensors by address: what those of experts read, and all of cuda_ipc's."""
+
+    def __init__(self) -> None:
+        self.held: list[tuple[int, int]] = []  # where they begin and end
+        self.reads = self.writes = False
+
+    def hold(self, kernel: Any, given: Iterable[Any]) -> None:
+        self.writes = "cuda_ipc" not in kernel.__module__
+        self.reads = self.writes and "table_ptr" not in kernel.__code__.co_varnames
+        storages = [x.untyped_storage() for x in given if isinstance(x, torch.Tensor)]
+        self.held = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+
+    def _check(self, place: Any, mask: Any, size: int) -> None:
+        inside = ~np.asarray(mask, bool)
+        for first, end in self.held:
+            inside = inside | ((place >= first) & (place <= end - size))
+        if not inside.all():
+            raise IndexError(f"{(~inside).sum()} of {inside.size} places are outside of what the kernel was given")
+
+    def load(self, place: Any, mask: Any, other: Any, dtype: Any) -> Any:
+        if self.reads:
+            self._check(place, mask, np.dtype(dtype).itemsize)
+        return _memory.load(place, mask, other, dtype)
+
+    def store(self, place: Any, value: Any, mask: Any) -> Any:
+        if self.writes:
+            self._check(place, mask, value.itemsize)
+        return _memory.store(place, value, mask)
+
+    def atomic_rmw(self, op: Any, place: Any, value: Any, mask: Any, sem: Any) -> Any:
+        if self.writes:
+            self._check(place, mask, value.itemsize)
+        return _memory.atomic_rmw(op, place, value, mask, sem)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_memory, name)
+
+
+_memory = interpreter._interpreter
+_watched = interpreter._interpreter = _Watched()
+
 _run, _patch, _one_at_a_time = interpreter.GridExecutor.__call__, interpreter._patch_lang, RLock()
 _patched: dict[int, Any] = {}
 
@@ -47,6 +93,7 @@ _patched: dict[int, Any] = {}
 def _alone(self: Any, *args: Any, **kwargs: Any) -> None:
     """Ranks that are threads take turns: the interpreter holds the place in the grid in one place for all."""
     with _one_at_a_time:
+        _watched.hold(self.fn, (*args, *kwargs.values()))
         try:
             _run(self, *args, **kwargs)
         finally:

@@ -251,12 +251,14 @@ def _give(y: Tensor, out: Tensor, form: int) -> None:
 
 def _matrix(weight: W8A16) -> Matrix:
     columns, group, phase = weight.shape[1], weight.group, weight.phase
+    if not columns:  # a rank that has none of the groups: nothing is read but a scale
+        return Matrix(weight=weight.weight, scale=weight.scale.new_ones(weight.shape[0]), bias=weight.bias)
     needed = -(-(phase + columns) // group) if group else 1
-    assert not columns or weight.scale.shape[1] >= needed, f"{columns} columns from {phase} of a group on: {weight.scale.shape}"
+    assert weight.scale.shape[1] >= needed, f"{columns} columns from {phase} of a group on: {weight.scale.shape}"
     scale, offset = (t[:, :needed].contiguous() for t in (weight.scale, weight.offset))
     if needed < 2:
         scale, offset, group, phase = scale.flatten(), offset.flatten(), 0, 0
-    used = offset if columns and bool(offset.any()) else None
+    used = offset if bool(offset.any()) else None
     return Matrix(weight=weight.weight, scale=scale, offset=used, bias=weight.bias, group=group, phase=phase)
 
 

@@ -123,7 +123,7 @@ def serve(config: EngineConfig, model: ModelConfig, comm: Communicator, follower
                 return 0
             assert isinstance(message, StepPlan), message
             pulse.step = message.step
-            worker.execute(message)
+            worker.follow(message)
             pulse.step = -1
     except Closed:
         return 1

@@ -12,7 +12,9 @@ from torch import Tensor
 from qtp.batch import Batch, DeviceTables
 from qtp.models import Qwen2ForCausalLM
 
-Found = tuple[Tensor, Tensor]
+Choose = Callable[[tuple[Tensor, Tensor] | None, int], Tensor]
+"""choose(found, S): the ids of S rows, as `Sampler.best_of_all`."""
+
 _FEW = (1, 2, 4, 8)
 _APART = 16
 _LARGEST = 512
@@ -54,18 +56,18 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """What a graph leaves behind. found: the best value and column of this rank's vocabulary, None if it was not searched."""
+    """A graph and what it leaves behind."""
 
     graph: torch.cuda.CUDAGraph
     hidden_SD: Tensor
-    found: Found | None
 
 
 class DecodeGraphs:
     """One new token of each of up to `sizes[-1]` sequences.
 
-    Captured at construction, collectives inside: all ranks construct it, and run it with the same sequences. allowed: columns of
-    this rank's vocabulary that may be chosen, 0 where it has none. blocks: of the KV cache, which must not move any more. A
+    Captured at construction, collectives inside: all ranks construct it, and run it with the same sequences. A greedy step ends
+    with the ids of its rows, on every rank. allowed: columns of this rank's vocabulary that may be chosen, 0 where it has none.
+    blocks: of the KV cache, which must not move any more. A
     bucket's rows that are not used have length 0 (`attention.decode`)."""
 
     def __init__(
@@ -74,13 +76,14 @@ class DecodeGraphs:
         sizes: Sequence[int],
         *,
         allowed: int,
+        choose: Choose,
         blocks: int,
         block_size: int,
         max_model_len: int,
         device: torch.device,
         progress: Callable[[Iterable[int]], Iterable[int]],
     ) -> None:
-        self._model, self._sizes, self._allowed = model, tuple(sizes), allowed
+        self._model, self._sizes, self._allowed, self._choose = model, tuple(sizes), allowed, choose
         self._length, self._block_size = max_model_len, block_size
         most = self.most
         # tokens, rows of the step before, positions, lengths, where tables begin; then the tables
@@ -102,9 +105,8 @@ class DecodeGraphs:
         """Sequences of the largest bucket."""
         return self._sizes[-1]
 
-    def run(self, steps: Sequence[Decode], greedy: bool) -> tuple[Tensor, Found | None]:
-        """Starts a step; gives its rows of hidden_SD and, if `greedy`, of the best value and column of this rank's vocabulary
-        (None if it has none). They are overwritten by the next run. One may be started while one runs, no more."""
+    def run(self, steps: Sequence[Decode], greedy: bool) -> Tensor:
+        """Starts a step; gives its rows of hidden_SD, which the next run overwrites. One may be started while one runs, no more."""
         count, block_size = len(steps), self._block_size
         size = self._size(count)
         idle = (0,) * (size - count)
@@ -128,11 +130,10 @@ class DecodeGraphs:
         self._numbers[: len(numbers)].copy_(sent, non_blocking=True)
         captured = self._graphs[size, greedy]
         captured.graph.replay()
-        found = captured.found
-        return captured.hidden_SD[:count], None if found is None else (found[0][:count], found[1][:count])
+        return captured.hidden_SD[:count]
 
     def told(self, count: int) -> Told:
-        """The ids that the greedy step just started finds, of a lone rank."""
+        """The ids that the greedy step just started finds."""
         return Told(self._last[:count], self._told[self._turn, :count])
 
     def replay(self, count: int) -> None:
@@ -163,18 +164,17 @@ class DecodeGraphs:
         tokens, rows = self._numbers[: 2 * size].view(2, size).unbind()
         for greedy in (True, False):
 
-            def step(search: bool = greedy) -> tuple[Tensor, Found | None]:
+            def step(search: bool = greedy) -> Tensor:
                 follow(tokens, rows, self._last, batch.token_ids_T)
                 hidden_SD = model.hidden(batch)
-                if not search or not self._allowed:
-                    return hidden_SD, None
-                found = model.best(hidden_SD, 1, self._allowed)
-                last.copy_(found[1][:, 0])
-                return hidden_SD, found
+                if search:
+                    found = model.best(hidden_SD, 1, self._allowed) if self._allowed else None
+                    last.copy_(self._choose(found, size))
+                return hidden_SD
 
             step()  # what is compiled or set up on first use cannot be captured
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                hidden_SD, found = step()
-            self._graphs[size, greedy] = _Captured(graph, hidden_SD, found)
+                hidden_SD = step()
+            self._graphs[size, greedy] = _Captured(graph, hidden_SD)

@@ -69,6 +69,7 @@ class Ranks:
         self._threads: list[threading.Thread] = []
         self._undo: Callable[[], None] = lambda: None
         self._pulse = Pulse()
+        self._step = -1  # the last one begun
         self._cause: RankDied | None = None
         self._free = threading.Event()  # set while no call runs
         self._closing = threading.RLock()
@@ -87,31 +88,36 @@ class Ranks:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Raises ValueError once closed. A step that fails or is interrupted leaves ranks that disagree, so it closes them."""
-        channel = self._channel
-        with self._running() as worker:
-            if channel is not None:
-                channel.send(plan)
-            self._pulse.step = plan.step
+        with self._running(plan.step) as worker:
+            self._send(plan)
             return worker.execute(plan)
 
     def begin(self, plan: StepPlan) -> None:
         """As `Worker.begin`, where there is `ahead`; raises as `execute`."""
-        with self._running() as worker:
+        self._step = plan.step
+        with self._running(plan.step) as worker:
+            self._send(plan)
             worker.begin(plan)
 
     def finish(self) -> StepResult:
         """As `Worker.finish`; raises as `execute`."""
-        with self._running() as worker:
+        with self._running(self._step) as worker:
             return worker.finish()
 
+    def _send(self, plan: StepPlan) -> None:
+        if (channel := self._channel) is not None:
+            channel.send(plan)
+
     @contextmanager
-    def _running(self) -> Iterator[Worker]:
+    def _running(self, step: int) -> Iterator[Worker]:
+        """While rank 0 works on `step`, or waits for it."""
         worker = self.worker
         if worker is None or not self.alive:
             raise self._cause or ValueError("this LLM is closed, by close() or by a step that failed; construct it anew")
         self._free.clear()
         try:
             with self._naming_the_cause():
+                self._pulse.step = step
                 yield worker
         except BaseException:
             self.close()

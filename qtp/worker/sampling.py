@@ -75,6 +75,18 @@ class Sampler:
             answers.update(zip(full, told, strict=False))
         return [answers[i] for i in range(len(sequences))] if self.comm.rank == 0 else []
 
+    def best_of_all(self, found: tuple[Tensor, Tensor] | None, rows: int) -> Tensor:
+        """The id of each row's best logit over all ranks, the lower one among equals: [R] int64, on every rank. found: as `Best`
+        gives it for a count of 1; None where no column of this rank may be chosen. Every rank must call it. It waits for no device.
+        """
+        if self.comm.size == 1:
+            assert found is not None, "a vocabulary without ids"
+            return found[1][:, 0]
+        if found is None:
+            nothing = torch.empty(rows, 0, device=self.comm.device)
+            found = nothing, nothing.to(torch.int64)
+        return _first(self._pairs(*found, 1))[1][:, 0].to(torch.int64)
+
     def prompt_logprobs(self, logits_RV: Tensor, targets: Rows[int], count: int) -> tuple[TokenLogprobs, ...]:
         """TokenLogprobs of targets[i] under row i. Every rank must call it; rank 0 gets the answer."""
         full = self._gather(logits_RV)
@@ -100,17 +112,21 @@ class Sampler:
         if self.comm.size == 1:
             ids = columns.cpu()
             return (values.cpu() if count > 1 else values), ids
-        pairs = torch.stack((values.to(torch.float64), (columns + self.start).to(torch.float64)), dim=2)
-        if (lacking := count - pairs.shape[1]) > 0:
-            pairs = torch.cat((pairs, pairs.new_tensor((NEVER, -1.0)).expand(len(pairs), lacking, 2)), dim=1)
-        pairs = self.comm.all_gather(pairs, dim=1).cpu()
+        pairs = self._pairs(values, columns, count).cpu()
         if self.comm.rank != 0:
             return pairs[:, :, 0], pairs[:, :, 1]
-        # Ranks come in the order of their ids, so the first of equals is the lowest.
-        seen = pairs[:, :, 0]
-        order = seen.argmax(dim=1, keepdim=True) if count == 1 else seen.argsort(dim=1, descending=True, stable=True)
-        scores, ids = pairs.gather(1, order[:, :count, None].expand(-1, -1, 2)).unbind(2)
+        scores, ids = _first(pairs, count)
         return scores, ids.to(torch.int64)
+
+    def _pairs(self, values: Tensor, columns: Tensor, count: int) -> Tensor:
+        """(value, id) of `count` of each rank, in the order of their ids: [R, ranks * count, 2] float64. What a rank lacks is filled
+        up with -inf."""
+        pairs = torch.stack((values.to(torch.float64), (columns + self.start).to(torch.float64)), dim=2)
+        if (lacking := count - pairs.shape[1]) > 0:
+            nothing = pairs.new_full((len(pairs), lacking, 2), -1.0)
+            nothing[:, :, 0] = NEVER
+            pairs = torch.cat((pairs, nothing), dim=1)
+        return self.comm.all_gather(pairs, dim=1)
 
     def _from_all(self, logits_RV: Tensor, sequences: Rows[Sequence]) -> list[Answer]:
         full = self._gather(logits_RV)
@@ -131,6 +147,15 @@ class Sampler:
 
     def _gather(self, logits_RV: Tensor) -> Tensor:
         return self.comm.all_gather(logits_RV, dim=1, sizes=self.sizes).cpu()
+
+
+def _first(pairs: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
+    """(values, ids) of the best `count` pairs of each row. Ranks come in the order of their ids, so the first of equals is the
+    lowest."""
+    seen = pairs[:, :, 0]
+    order = seen.argmax(dim=1, keepdim=True) if count == 1 else seen.argsort(dim=1, descending=True, stable=True)
+    scores, ids = pairs.gather(1, order[:, :count, None].expand(-1, -1, 2)).unbind(2)
+    return scores, ids
 
 
 def adjusted(scores_V: Tensor, s: Sequence, start: int) -> Tensor:

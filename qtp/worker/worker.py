@@ -33,7 +33,7 @@ from qtp.weights.names import declare
 from qtp.weights.quantized import Unscaled
 from qtp.weights.verify import verify
 from qtp.wire.messages import Chunk, Ready, Sample, StepPlan, StepResult, TokenLogprobs
-from qtp.worker.graphs import Decode, DecodeGraphs, Found, Told, buckets
+from qtp.worker.graphs import Decode, DecodeGraphs, Told, buckets
 from qtp.worker.memory import card_of, largest_step, measure, naming_memory
 from qtp.worker.sampling import PROMPT_TILE, Sampler, as_sample
 from qtp.worker.sequence import Sequence
@@ -107,12 +107,16 @@ class Worker:
         del tensors, shard  # what kernels have brought into another form is not held twice while memory is measured
         self.graphs: DecodeGraphs | None = None
         self.num_kv_blocks = config.num_kv_blocks or self._grow(config, model_config.vocab_size)
-        self.graphs = self._captured(config, kernels)
+        self.graphs = self._captured(config, kernels, model_config.hidden_size)
         self.doing = STEPPING
 
-    def _captured(self, config: EngineConfig, kernels: Kernels) -> DecodeGraphs | None:
-        """Graphs of decode steps where they can be had: Triton's kernels, and ranks that talk on the device or not at all."""
-        if config.kernels != "triton" or config.enforce_eager or not _stays_on_device(self.device, config):
+    def _captured(self, config: EngineConfig, kernels: Kernels, hidden_size: int) -> DecodeGraphs | None:
+        """Graphs of decode steps where they can be had: Triton's kernels, and as many sequences as the ranks can sum within one."""
+        if config.kernels != "triton" or config.enforce_eager or not _has_graphs(self.device):
+            return None
+        summed = 4 * hidden_size  # bytes of a sequence, of the widest dtype
+        sizes = [size for size in buckets(config.max_num_seqs) if self.comm.captures(size * summed)]
+        if not sizes:
             return None
         if kernels.waits:
             if self.comm.rank == 0:
@@ -122,8 +126,9 @@ class Worker:
         self.doing = CAPTURING
         return DecodeGraphs(
             self.model,
-            buckets(config.max_num_seqs),
+            sizes,
             allowed=self.sampler.allowed_here,
+            choose=self.sampler.best_of_all,
             blocks=self.num_kv_blocks,
             block_size=config.block_size,
             max_model_len=config.max_model_len,
@@ -152,13 +157,22 @@ class Worker:
     def ahead(self) -> int:
         """Sequences of a greedy decode step that may be begun before the one before it is finished: its tokens stay on the
         device. 0 if none may."""
-        return self.graphs.most if self.graphs is not None and self.comm.size == 1 else 0
+        return self.graphs.most if self.graphs is not None else 0
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Runs one step. Every rank must execute the same plans in the same order; rank 0's result is the one that counts."""
         assert not self._begun, "a step was begun and left"
         self.begin(plan)
         return self.finish()
+
+    def follow(self, plan: StepPlan) -> None:
+        """As `execute`, where nobody reads the result: where there is `ahead`, it waits for all but the last step that was begun."""
+        if not self.ahead:
+            self.execute(plan)
+            return
+        while len(self._begun) > 1:
+            self.finish()
+        self.begin(plan)
 
     @naming_memory
     @torch.inference_mode()
@@ -176,7 +190,9 @@ class Worker:
         if isinstance(begun, StepResult):
             return begun
         step, seq_ids, told = begun
-        samples = tuple(Sample(seq_id=i, token=token) for i, token in zip(seq_ids, told.ids(), strict=True))
+        ids = told.ids()
+        self.comm.check()
+        samples = tuple(Sample(seq_id=i, token=token) for i, token in zip(seq_ids, ids, strict=True))
         return StepResult(step=step, samples=samples)
 
     def _start(self, plan: StepPlan) -> StepResult | tuple[int, list[int], Told]:
@@ -189,11 +205,11 @@ class Worker:
         decodes = all(chunk.count == 1 and chunk.sample for chunk in chunks)
         if self.graphs is not None and decodes and len(chunks) <= self.graphs.most:
             greedy = all(s.sampling.only_best for s in sequences)
-            hidden_TD, found = self.graphs.run(self._decodes(chunks), greedy)
+            hidden_TD = self.graphs.run(self._decodes(chunks), greedy)
             self._rows = {chunk.seq_id: row for row, chunk in enumerate(chunks)}
-            if greedy and self.comm.size == 1:
+            if greedy:
                 return plan.step, list(self._rows), self.graphs.told(len(chunks))
-            return self._answer(plan.step, chunks, hidden_TD, found)
+            return self._answer(plan.step, chunks, hidden_TD)
         parts = []
         for chunk, s in zip(chunks, sequences, strict=True):
             parts.append((tuple(s.token_ids[chunk.start : chunk.start + chunk.count]), chunk.start, tuple(s.blocks)))
@@ -219,8 +235,7 @@ class Worker:
             s.token_ids += chunk.appended
             s.blocks += chunk.new_blocks
 
-    def _answer(self, step: int, chunks: list[Chunk], hidden_TD: torch.Tensor, found: Found | None = None) -> StepResult:
-        """found: the best id of every row in this rank's vocabulary, where all of them want that and no more."""
+    def _answer(self, step: int, chunks: list[Chunk], hidden_TD: torch.Tensor) -> StepResult:
         first, ends, seq_ids, prompts = 0, [], [], {}
         for chunk in chunks:
             if told := self._prompt_logprobs(chunk, hidden_TD, first):
@@ -235,7 +250,7 @@ class Worker:
             chosen = self.sampler.sample(
                 lambda rows: self.model.logits(_picked(hidden_RD, rows)),
                 [self.sequences[i] for i in seq_ids],
-                lambda rows, count, allowed: found or self.model.best(_picked(hidden_RD, rows), count, allowed),
+                lambda rows, count, allowed: self.model.best(_picked(hidden_RD, rows), count, allowed),
             )
             answers = dict(zip(seq_ids, chosen, strict=False))
         telling = [chunk.seq_id for chunk in chunks if chunk.seq_id in answers or chunk.seq_id in prompts]
@@ -256,9 +271,8 @@ class Worker:
         return told
 
 
-def _stays_on_device(device: torch.device, config: EngineConfig) -> bool:
-    """Whether a step is all the device's, what ranks tell each other included."""
-    return device.type == "cuda" and config.communicator in ("solo", "nccl")
+def _has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _kernels(

@@ -213,6 +213,31 @@ def test_who_sums_what(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [call.bytes for call in comm.inner.calls] == [x.nbytes for x in other]  # type: ignore[attr-defined]
 
 
+def test_small_parts_are_gathered_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All bits of all dtypes, as the inner communicator gathers them; and what that must do itself."""
+    comms = joined(3, wrapper=Traced)
+    monkeypatch.setattr(CudaIpc, "_sum", lambda self, x: self.inner.inner.all_reduce(x))  # which takes its turns in threads
+    special = torch.tensor([[-0.0, float("nan"), float("-inf")], [1e-42, 3e38, -1.0]])
+    small = [special, special.double(), special.bfloat16(), special > 0, torch.arange(5, dtype=torch.uint8), torch.full((1, 1), 2**62)]
+    large = torch.zeros(LIMIT // 4)
+    assert all(comm.captures(LIMIT) and not comm.captures(LIMIT + 1) for comm in comms)
+
+    def gather(comm: CudaIpc) -> None:
+        comm.inner.calls.clear()  # type: ignore[attr-defined]
+        for x in small:
+            mine = x.roll(comm.rank)
+            for dim in range(x.dim()):
+                found, wanted = comm.all_gather(mine, dim), comm.inner.inner.all_gather(mine, dim)  # type: ignore[attr-defined]
+                assert found.shape == wanted.shape
+                assert torch.equal(*(each.contiguous().view(torch.uint8) for each in (found, wanted)))
+        assert comm.inner.calls == []  # type: ignore[attr-defined]
+        comm.all_gather(large)
+        comm.all_gather(special[: comm.rank], 0, sizes=[0, 1, 2])
+        assert [call.op for call in comm.inner.calls] == ["all_gather"] * 2  # type: ignore[attr-defined]
+
+    raise_first(run_threads(comms, gather))
+
+
 def test_what_is_not_dense_or_aligned_goes_through_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     comm = joined(2)[0]
 

@@ -209,6 +209,25 @@ def test_the_best_of_each_rank_are_enough(allowed: int, size: int) -> None:
         assert [token for token, _ in answers(logits, sequences, size, allowed, searching=True)] == due
 
 
+@pytest.mark.parametrize("allowed", [97, 66, 40, 2])
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_every_rank_knows_the_best_of_all(allowed: int, size: int) -> None:
+    """Of equal ones the lowest, a whole row of -inf included, and where ranks have none that may be chosen."""
+    logits = torch.stack([(row(seed) * 2).round() / 2 for seed in range(80)])
+    logits[7] = -torch.inf
+    due = [max(range(allowed), key=lambda i: (float(scores[i]), -i)) for scores in logits]
+    cut = [len(even(V, size, rank)) for rank in range(size)]
+    starts = [0, *accumulate(cut)]
+
+    def body(comm: Communicator) -> list[int]:
+        sampler, part = Sampler(comm, cut, allowed), logits[:, starts[comm.rank] : starts[comm.rank + 1]]
+        here = sampler.allowed_here
+        found = search(part)(range(80), 1, here) if here else None
+        return sampler.best_of_all(found, 80).tolist()
+
+    assert on_threads(size, body, HOST) == [due] * size
+
+
 PROMPT, OUTPUT = (5, 6, 90, 5, 40), (40, 7, 7, 7, 96, 0)
 
 

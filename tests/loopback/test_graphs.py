@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 from batching_helper import VOCAB, Job, blocks_for, checkpoint, idle, random_jobs, serve
-from graph_helper import stand_in
+from graph_helper import InGraphs, stand_in
 from quantized_helper import make
 from torch import Tensor
 from triton_helper import DEVICE, few_programs
 
+from collectives.communicator import CollectiveError, Communicator
 from qtp import LLM, RequestOutput, SamplingParams
 from qtp.attention import triton_backend
-from qtp.config import EngineConfig
-from qtp.worker.graphs import DecodeGraphs, Found, buckets
+from qtp.config import EngineConfig, ModelConfig
+from qtp.worker.graphs import DecodeGraphs, buckets
 from qtp.worker.worker import Worker
 
 CUDA = DEVICE.type == "cuda"
@@ -45,30 +46,33 @@ def test_buckets_are_few() -> None:
 
 
 class Graphed(Worker):
-    """With kernels in Triton, though on a CPU."""
+    """With kernels in Triton, though on a CPU; several ranks are threads. limit: bytes that these can sum within a graph."""
 
-    def __init__(self, config: EngineConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(replace(config, kernels="triton"), *args, **kwargs)
+    limit = 1 << 30
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, comm: Communicator, *args: Any, **kwargs: Any) -> None:
+        comm = InGraphs(comm, self.limit) if comm.size > 1 else comm
+        super().__init__(replace(config, kernels="triton"), model, comm, *args, **kwargs)
 
 
-def an_llm(kind: str | Path, **choices: Any) -> LLM:
+def an_llm(kind: str | Path, tp: int = 1, **choices: Any) -> LLM:
     """Of a folder, or of one that `checkpoint` makes."""
     settings = {"dtype": "float32", "max_num_seqs": 5, "max_num_batched_tokens": 16, "block_size": 4, "num_kv_blocks": 40}
     settings |= {"device": DEVICE.type, "kernels": "triton" if CUDA else "torch", "load_tokenizer": False, "threads": 1}
     folder = kind if isinstance(kind, Path) else checkpoint(kind)
-    return LLM(str(folder), tp=1, **{**settings, **choices})
+    return LLM(str(folder), tp=tp, **{**settings, **choices})
 
 
 Runs = list[tuple[int, bool]]
 
 
 @contextmanager
-def with_graphs(kind: str | Path, **choices: Any) -> Iterator[tuple[LLM, Runs]]:
+def with_graphs(kind: str | Path, tp: int = 1, **choices: Any) -> Iterator[tuple[LLM, Runs]]:
     """An LLM, and of each step that ran in a graph how many sequences it had and whether it was greedy."""
     runs: Runs = []
     run = DecodeGraphs.run
 
-    def noted(self: DecodeGraphs, steps: Sequence[Any], greedy: bool) -> tuple[Tensor, Found | None]:
+    def noted(self: DecodeGraphs, steps: Sequence[Any], greedy: bool) -> Tensor:
         runs.append((len(steps), greedy))
         return run(self, steps, greedy)
 
@@ -79,15 +83,16 @@ def with_graphs(kind: str | Path, **choices: Any) -> Iterator[tuple[LLM, Runs]]:
             patch.setattr(triton_backend, "_SPLIT_TILE", 16)  # so that contexts are cut
             patch.setattr(triton_backend, "_DECODE_TILE", 16)
             patch.setattr("qtp.worker.ranks.Worker", Graphed)
-            patch.setattr("qtp.worker.worker._stays_on_device", lambda *_: True)
+            patch.setattr("qtp.worker.follow.Worker", Graphed)
+            patch.setattr("qtp.worker.worker._has_graphs", lambda *_: True)
             stand_in(patch)
-        with an_llm(kind, **choices) as llm:
+        with an_llm(kind, tp, **choices) as llm:
             yield llm, runs
 
 
 @contextmanager
-def without(kind: str, **choices: Any) -> Iterator[LLM]:
-    with an_llm(kind, enforce_eager=True, **choices) as llm:
+def without(kind: str, tp: int = 1, **choices: Any) -> Iterator[LLM]:
+    with an_llm(kind, tp, enforce_eager=True, **choices) as llm:
         assert llm.ranks.worker.graphs is None
         yield llm
 
@@ -138,6 +143,56 @@ def test_batches_of_every_size(kind: str, seqs: int) -> None:
     sizes = set(range(1, seqs + 1))
     assert {count for count, greedy in runs if greedy} == sizes
     assert len(jobs) == 1 or {count for count, greedy in runs if not greedy} == sizes
+
+
+@pytest.mark.skipif(CUDA, reason="threads that talk through the host cannot be in a graph; processes are tests/processes'")
+@pytest.mark.parametrize(("kind", "tp"), [("sliding", 2), ("sliding", 3), ("moe", 2)])
+def test_ranks_choose_together(kind: str, tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collectives inside the graphs; a step is begun before rank 0 has the tokens of the one before, by all ranks."""
+    jobs, begun, pending = [shrinking(3), mixed(3)], [], []
+    with without(kind, tp, communicator="loopback", max_num_seqs=3) as llm:
+        wanted = [serve(llm, some) for some in jobs]
+    with with_graphs(kind, tp, communicator="loopback", max_num_seqs=3) as (llm, runs):
+        begin, follow = llm.ranks.begin, Worker.follow
+        llm.ranks.begin = lambda plan: (begun.append(len(llm.ranks.worker._begun)), begin(plan))[1]
+        monkeypatch.setattr(Graphed, "follow", lambda worker, plan: (follow(worker, plan), pending.append(len(worker._begun)))[0])
+        for some, right in zip(jobs, wanted, strict=True):
+            check(serve(llm, some), right)
+        assert idle(llm)
+    assert {count for count, greedy in runs if greedy} == {1, 2, 3}
+    assert max(begun) == 1
+    assert max(pending) == 2, "one that runs, and one that waits for it"
+    assert len(runs) % tp == 0
+
+
+@pytest.mark.skipif(CUDA, reason="as above")
+def test_a_sum_that_fails_within_a_graph_ends_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody sees it before the ids are there, which are of no use then."""
+    with with_graphs("sliding", 2, communicator="loopback", max_num_seqs=1) as (llm, runs):
+        serve(llm, shrinking(1))
+
+        def late(comm: InGraphs) -> None:
+            comm.inner.abort()  # as a wait that was given up ends all that come after it
+            raise CollectiveError("rank 1 did not come")
+
+        monkeypatch.setattr(InGraphs, "check", late)
+        with pytest.raises(CollectiveError, match="rank 1 did not come|a loopback rank left"):
+            serve(llm, shrinking(1))
+    assert runs
+
+
+@pytest.mark.skipif(CUDA, reason="as above")
+def test_graphs_hold_what_ranks_can_sum_within_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 columns of 4 bytes a sequence: two sequences fit, three do not and go without."""
+    monkeypatch.setattr(Graphed, "limit", 2 * 32 * 4)
+    with without("sliding", 2, communicator="loopback", max_num_seqs=3) as llm:
+        wanted = serve(llm, shrinking(3))
+    with with_graphs("sliding", 2, communicator="loopback", max_num_seqs=3) as (llm, runs):
+        check(serve(llm, shrinking(3)), wanted)
+    assert {count for count, _ in runs} == {1, 2}
+    monkeypatch.setattr(Graphed, "limit", 100)
+    with with_graphs("sliding", 2, communicator="loopback", max_num_seqs=3) as (llm, runs):
+        assert llm.ranks.worker.graphs is None
 
 
 def test_sequences_that_come_at_any_time_and_are_preempted() -> None:

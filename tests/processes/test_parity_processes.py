@@ -51,13 +51,17 @@ def refer_to(tmp_path_factory: pytest.TempPathFactory) -> Refer:
     return get
 
 
-RUNS = [("auto", 2), ("auto", 3), ("auto", 4), ("gloo", 2), ("gloo", 3)]
+RUNS = {
+    "cpu": [("auto", 2), ("auto", 3), ("auto", 4), ("gloo", 2), ("gloo", 3)],
+    "cuda": [("auto", 2), ("gloo", 2), ("cuda_ipc", 2)],
+}
 
 
-@pytest.mark.parametrize(("communicator", "tp"), [run for run in RUNS if CHOSEN.name == "cpu" or run[1] == 2])
+@pytest.mark.parametrize(("communicator", "tp"), RUNS[CHOSEN.name])
 @pytest.mark.parametrize("family", CASES)
 def test_processes_give_the_numbers_of_transformers(family: str, communicator: str, tp: int, refer_to: Refer) -> None:
     with open_llm(refer_to(family).folder, tp, communicator=communicator) as llm:
-        assert llm.config.communicator == {"auto": between_processes(tp), "gloo": "gloo"}[communicator]
+        assert llm.config.communicator == {"auto": between_processes(tp)}.get(communicator, communicator)
         assert len(llm.ranks.ready) == tp
+        assert (llm.ranks.worker.graphs is not None) == (llm.config.communicator in ("nccl", "cuda_ipc"))
         check(llm, refer_to(family))

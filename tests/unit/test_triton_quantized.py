@@ -227,6 +227,25 @@ def test_all_token_counts(kind: str) -> None:
                 assert_close(linear(weight)(x), *exact(weight, x), case.dtype)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_without_columns_gives_the_bias(kind: str, tokens: int) -> None:
+    """Where groups of columns are fewer than ranks; its scales, by group, are then none too."""
+    case = Case(40 + KINDS.index(kind))
+    weight = case.any(72, 0, (kind,))
+    if isinstance(weight, W8A16):
+        nothing = torch.empty(72, 0, device=DEVICE)
+        weight = replace(weight, scale=nothing, offset=nothing, group=64, phase=0)
+    if isinstance(weight, W8A8):
+        bias: Tensor | None = weight.quant_bias * weight.deq_scale
+    else:
+        assert isinstance(weight, W8A8Dynamic | W8A8FP8 | W8A16)
+        bias = weight.bias
+    y = linear(weight)(case.x(tokens, 0))
+    expected = torch.zeros(72, device=DEVICE) if bias is None else bias
+    assert torch.equal(y, expected.to(y.dtype).expand(tokens, 72))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_else_is_written_or_read(kind: str) -> None:
     """Outputs in memory that is poisoned before, and whose surroundings stay so; what programs share is as it was afterwards."""

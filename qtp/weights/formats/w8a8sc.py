@@ -40,5 +40,7 @@ def _rows(stream: "tuple[Tensor, Tensor, Tensor]", start: int, stop: int) -> "tu
     """Parts with other scales begin where streams were joined, at a multiple of 16."""
     if (start, stop) == (0, int(stream[2][1])):
         return stream
-    part: tuple[Tensor, Tensor, Tensor] = importlib.import_module("qtp.weights.codec").cut(*stream, start, stop)  # it needs torch
-    return part
+    on_host = [tensor.cpu() for tensor in stream]
+    data, index, info = importlib.import_module("qtp.weights.codec").cut(*on_host, start, stop)  # it needs torch
+    device = stream[0].device
+    return data.to(device), index.to(device), info.to(device)
