@@ -41,7 +41,8 @@ class Communicator(ABC):
         return False
 
     def check(self) -> None:
-        """Raises CollectiveError if one that was begun before, by a CUDA graph perhaps, is known to have failed. Waits for none."""
+        """Raises CollectiveError if one that was begun before, perhaps by a CUDA graph, is known to have failed."""
+        return
 
     @abstractmethod
     def all_gather(self, x: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:

@@ -31,8 +31,8 @@ class CudaIpc(Wrapped):
 
     Nothing here waits for the device, so this can be part of a CUDA graph, and what goes wrong is seen later: a kernel
     that has waited for a peer for `timeout` seconds gives up, its sum is of no use, and the next operation here, `check` or
-    `close` raises CollectiveError. `abort` ends kernels that wait. Calls must be in one order on the device: one stream at a time. A
-    graph must not be replayed once this is closed.
+    `close` raises CollectiveError. `abort` ends kernels that wait. Calls must be in one order on the device: on one stream at a
+    time. A graph must not be replayed once this is closed.
 
     Every rank of `inner` must construct it at once, with its device the current one. ValueError on every rank if one of them
     cannot share memory; `inner` is then still open. limit: a multiple of 4096.

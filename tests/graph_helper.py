@@ -1,7 +1,7 @@
 """CUDA graphs for tests: the real ones on a card, and a stand-in on the CPU that holds to their rules.
 
-The stand-in notes what torch's operations and kernels in Triton's interpreter work on while its thread captures. A replay does the
-same to the same memory: numbers that the host had then stay as they were. What waits for the device cannot be captured.
+The stand-in notes what torch's operations and kernels in Triton's interpreter work on while its thread captures. A replay does
+the same to the same memory: numbers that the host had then stay as they were. What waits for the device cannot be captured.
 """
 
 import threading

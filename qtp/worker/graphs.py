@@ -106,7 +106,7 @@ class DecodeGraphs:
         return self._sizes[-1]
 
     def run(self, steps: Sequence[Decode], greedy: bool) -> Tensor:
-        """Starts a step; gives its rows of hidden_SD, which the next run overwrites. One may be started while one runs, no more."""
+        """Starts a step; gives its rows of hidden_SD, which the next run overwrites. One may be started while one runs."""
         count, block_size = len(steps), self._block_size
         size = self._size(count)
         idle = (0,) * (size - count)

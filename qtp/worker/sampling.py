@@ -77,7 +77,7 @@ class Sampler:
 
     def best_of_all(self, found: tuple[Tensor, Tensor] | None, rows: int) -> Tensor:
         """The id of each row's best logit over all ranks, the lower one among equals: [R] int64, on every rank. found: as `Best`
-        gives it for a count of 1; None where no column of this rank may be chosen. Every rank must call it. It waits for no device.
+        gives it for a count of 1; None where no column of this rank may be chosen. Every rank must call it. No wait for a device.
         """
         if self.comm.size == 1:
             assert found is not None, "a vocabulary without ids"
@@ -119,8 +119,8 @@ class Sampler:
         return scores, ids.to(torch.int64)
 
     def _pairs(self, values: Tensor, columns: Tensor, count: int) -> Tensor:
-        """(value, id) of `count` of each rank, in the order of their ids: [R, ranks * count, 2] float64. What a rank lacks is filled
-        up with -inf."""
+        """(value, id) of `count` of each rank, in the order of their ids: [R, ranks * count, 2] float64. What a rank lacks is
+        filled up with -inf."""
         pairs = torch.stack((values.to(torch.float64), (columns + self.start).to(torch.float64)), dim=2)
         if (lacking := count - pairs.shape[1]) > 0:
             nothing = pairs.new_full((len(pairs), lacking, 2), -1.0)

@@ -111,7 +111,7 @@ class Worker:
         self.doing = STEPPING
 
     def _captured(self, config: EngineConfig, kernels: Kernels, hidden_size: int) -> DecodeGraphs | None:
-        """Graphs of decode steps where they can be had: Triton's kernels, and as many sequences as the ranks can sum within one."""
+        """Graphs of decode steps, with Triton's kernels, for as many sequences as the ranks can sum within one; None for none."""
         if config.kernels != "triton" or config.enforce_eager or not _has_graphs(self.device):
             return None
         summed = 4 * hidden_size  # bytes of a sequence, of the widest dtype
@@ -166,7 +166,7 @@ class Worker:
         return self.finish()
 
     def follow(self, plan: StepPlan) -> None:
-        """As `execute`, where nobody reads the result: where there is `ahead`, it waits for all but the last step that was begun."""
+        """As `execute`, where nobody reads the result. Where there is `ahead` it waits for no more than the step before."""
         if not self.ahead:
             self.execute(plan)
             return

@@ -218,7 +218,8 @@ def test_small_parts_are_gathered_by_the_kernel(monkeypatch: pytest.MonkeyPatch)
     comms = joined(3, wrapper=Traced)
     monkeypatch.setattr(CudaIpc, "_sum", lambda self, x: self.inner.inner.all_reduce(x))  # which takes its turns in threads
     special = torch.tensor([[-0.0, float("nan"), float("-inf")], [1e-42, 3e38, -1.0]])
-    small = [special, special.double(), special.bfloat16(), special > 0, torch.arange(5, dtype=torch.uint8), torch.full((1, 1), 2**62)]
+    bytes_, large_number = torch.arange(5, dtype=torch.uint8), torch.full((1, 1), 2**62)
+    small = [special, special.double(), special.bfloat16(), special > 0, bytes_, large_number]
     large = torch.zeros(LIMIT // 4)
     assert all(comm.captures(LIMIT) and not comm.captures(LIMIT + 1) for comm in comms)
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-import triton_helper  # noqa: F401 - before triton
 import triton
 import triton.language as tl
+import triton_helper  # noqa: F401 - before triton
 from triton.runtime.errors import InterpreterError
 
 

@@ -82,7 +82,8 @@ def _finish(
             if quant_bias_ptr is not None:
                 up_NT += tl.load(quant_bias_ptr + N + held_N)[:, None]
             y_NT = y_NT / (1.0 + tl.exp(-y_NT)) * _scaled(up_NT, N + held_N, tokens, scale_ptr, token_scale_ptr, bias_ptr)
-        if FORM == ADDED_FORM:
+        if FORM == ADDED_FORM:  # y is rounded first, as where it is summed over ranks before: the bits of any world size
+            y_NT = y_NT.to(out_ptr.dtype.element_ty).to(tl.float32)
             y_NT += tl.load(out_NT, mask=inside_NT, other=0.0).to(tl.float32)
         tl.store(out_NT, y_NT.to(out_ptr.dtype.element_ty), mask=inside_NT)
 
