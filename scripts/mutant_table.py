@@ -41,12 +41,14 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """isa: the instruction set without which the changed code does not run; see `native.isas`."""
+    """isa: the instruction set without which the changed code does not run; see `native.isas`. interpreted: it runs in Triton's
+    interpreter alone."""
 
     name: str
     changes: tuple[Change, ...]
     tests: tuple[str, ...] = PARITY
     isa: str = "baseline"
+    interpreted: bool = False
 
 
 def mutant(name: str, file: str, old: str, new: str, tests: tuple[str, ...] = PARITY, isa: str = "baseline") -> Mutant:
@@ -324,10 +326,11 @@ MUTANTS = (
            "range(begin, end, TILE)", (TRITON_ATTENTION_TESTS.format("any_number_of_parts"),)),
     mutant("both halves of a head are the first, in Triton", TRITON_ATTENTION, "(2 * part_P + half)", "(2 * part_P)",
            (TRITON_ATTENTION_TESTS.format("any_number_of_parts"),)),
-    mutant("a quantized layer takes the place of the residual stream, in Triton", TRITON_QUANTIZED, "        if FORM == ADDED_FORM:\n",
-           "        if FORM == INTEGER_FORM:\n", (TRITON_QUANTIZED_TESTS.format("joining_the_residual_stream"),)),
-    mutant("the last column of each word has the sign of none, in Triton", "qtp/kernels/triton/launch.py", "((b << (24 - 8 * i)) >> 24)",
-           "((b >> (8 * i)) & 255)", (TRITON_QUANTIZED_TESTS.format("one_token_of_whole_words_and_not"),)),
+    mutant("a quantized layer takes the place of the residual stream, in Triton", TRITON_QUANTIZED, "if FORM == ADDED_FORM:",
+           "if FORM == INTEGER_FORM:", (TRITON_QUANTIZED_TESTS.format("joining_the_residual_stream"),)),
+    Mutant("the last column of each word has the sign of none, in Triton", (
+        Change("qtp/kernels/triton/launch.py", "((b << (24 - 8 * i)) >> 24)", "((b >> (8 * i)) & 255)"),
+    ), (TRITON_QUANTIZED_TESTS.format("one_token_of_whole_words_and_not"),), interpreted=True),
     mutant("rows of odd length are taken for words, in Triton", "qtp/kernels/triton/quantized.py", "or w.shape[1] % 4 or", "or",
            (TRITON_QUANTIZED_TESTS.format("one_token_of_whole_words_and_not"),)),
     mutant("the norm before int8 has no bias, in Triton", TRITON_QUANTIZED, "normed(x_D, g_D, norm_bias_ptr,", "normed(x_D, g_D, None,",

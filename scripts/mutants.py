@@ -30,7 +30,11 @@ CPU_ONLY = (NATIVE, KERNELS, "qtp/kernels/native", "qtp/attention/native", "coll
 
 def runs_on(change: Mutant, device: str) -> bool:
     """Whether its code and all its tests run on `device`."""
-    return device == "cpu" or (on_device(change.tests) and not any(edit.file.startswith(CPU_ONLY) for edit in change.changes))
+    if device == "cpu":
+        return True
+    return (
+        not change.interpreted and on_device(change.tests) and not any(edit.file.startswith(CPU_ONLY) for edit in change.changes)
+    )
 
 
 def survives(change: Mutant, device: str) -> str | None:
