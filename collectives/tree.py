@@ -6,7 +6,7 @@ The tree of n summands adds that of the first k to that of the rest, where k is 
 and `TreeReduce` over the ranks give the bits that `tree_sum` of all 8 gives on one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class TreeReduce(Wrapped):
     """
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        if self._inner_adds_alike(x):
+        if self._adds_alike(x.dtype):
             return self.inner.all_reduce(x)
         if x.nbytes <= _SMALL:
             return x.copy_(tree_sum(self.inner.all_gather(x[None]).unbind()))
@@ -57,15 +57,19 @@ class TreeReduce(Wrapped):
         whole = self.inner.all_gather(self._own_sum(parts))
         return x.copy_(whole[: flat.numel()].view(x.shape))
 
+    def sum_at(self, dtype: torch.dtype) -> tuple[Callable[[int, int, int], None], int] | None:
+        return self.inner.sum_at(dtype) if self._adds_alike(dtype) else None
+
     def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
         check_parts(x, dim, self.size)
-        if self._inner_adds_alike(x):
+        if self._adds_alike(x.dtype):
             return self.inner.reduce_scatter(x, dim)
         return self._own_sum(x.chunk(self.size, dim))
 
-    def _inner_adds_alike(self, x: Tensor) -> bool:
-        two = self.size == 2 and x.dtype in (torch.float32, torch.float64)
-        return self.size == 1 or two or not x.is_floating_point()
+    def _adds_alike(self, dtype: torch.dtype) -> bool:
+        """Whether `inner` adds along the tree, or in any order."""
+        two = self.size == 2 and dtype in (torch.float32, torch.float64)
+        return self.size == 1 or two or not dtype.is_floating_point
 
     def _own_sum(self, parts: Sequence[Tensor]) -> Tensor:
         """The sum of the part number `rank` of all ranks, in their dtype."""

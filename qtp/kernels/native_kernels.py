@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from collectives.communicator import Communicator
-from collectives.tree import tree_sum
+from collectives.tree import TreeReduce, tree_sum
 from qtp.kernels import native_quantized
 from qtp.kernels.extension import native, why_not
 from qtp.kernels.interface import Choose, Cuts, Deferred, Expert, Experts, Head, Norm, Op, RowOp, Whole
@@ -159,9 +159,9 @@ class Linear:
     def joined(self, second: RowOp, comm: Communicator, attention: Attention | None = None) -> Whole | None:
         """As `Joins.joined`; with the addresses of an attention between the two (`attention.native_backend`), whose plan is the
         address of a step."""
-        if not isinstance(second, Linear) or self._wide or second._wide or self._weight.dtype != second._weight.dtype:
+        if not isinstance(second, Linear) or self._wide or self._weight.dtype != second._weight.dtype:
             return None
-        sums = comm.sum_at(self._weight.dtype)
+        sums = TreeReduce(comm).sum_at(torch.float32) if second._wide else comm.sum_at(self._weight.dtype)
         if sums is None and comm.size > 1:
             return None
         add = native.Half(self._handle, second._handle, *(sums or (None, None)), attention).add

@@ -152,12 +152,13 @@ class TwoAlike(Solo):
 
 
 def test_two_layers_in_one_call(isa: str, threads: int) -> None:
-    """x + reduce(down(gated(norm(x)))): the bits of one op after the other."""
-    for random, generator, dtype in cases(14, 12):
+    """x + reduce(down(gated(norm(x)))): the bits of one op after the other. What is added over leaves is reduced in float32."""
+    for random, generator, dtype in cases(14, 24):
         width, inner, tokens = random.randint(1, 70), random.randint(1, 90), random.choice([1, 2, 3, 5, 9, 31])
         norm = Norm(torch.randn(width, generator=generator).to(dtype), 1e-6)
         gated = NativeKernels().gated(strided(generator, 2 * inner, width, dtype, 0.2), norm=norm)
-        down = NativeKernels().linear(strided(generator, width, inner, dtype))
+        cuts = random.choice([None, (0, inner), (0, inner // 3, inner)])
+        down = NativeKernels().linear(strided(generator, width, inner, dtype), cuts=cuts)
         assert isinstance(gated, Joins)
         x = torch.randn(tokens, width, generator=generator).to(dtype)
         for comm, ranks in ((Solo(torch.device("cpu")), 1), (TwoAlike(), 2)):
@@ -166,7 +167,8 @@ def test_two_layers_in_one_call(isa: str, threads: int) -> None:
             deferred, residual = whole(x, None), x.clone()
             assert deferred is not None
             assert deferred.add_to(residual) is residual
-            assert torch.equal(residual, x + ranks * down(gated(x))), (dtype, width, inner, tokens, ranks)
+            due = x + (ranks * down(gated(x))).to(dtype)
+            assert torch.equal(residual, due), (dtype, width, inner, tokens, ranks, cuts)
             assert whole(torch.zeros(65, width, dtype=dtype), None) is None
 
 
@@ -199,9 +201,17 @@ def test_what_does_not_go_in_one_call() -> None:
     kernels = NativeKernels()
     linear, leaves = kernels.linear(weight), kernels.linear(weight, cuts=(0, 3, 8))
     assert isinstance(linear, Joins)
-    assert linear.joined(leaves, solo) is None
+    assert isinstance(leaves, Joins)
+    assert leaves.joined(linear, solo) is None
+    assert linear.joined(leaves, solo) is not None
     assert linear.joined(kernels.linear(weight.bfloat16()), solo) is None
     assert linear.joined(lambda x: x, solo) is None
+
+    more = TwoAlike()
+    assert linear.joined(leaves, more) is not None
+    more.size = 3  # whose float32 are added along a tree
+    assert linear.joined(leaves, more) is None
+    assert linear.joined(linear, more) is not None
 
     solo.size = 2  # and no `sum_at`
     assert linear.joined(linear, solo) is None

@@ -21,7 +21,7 @@ PyObject* make_half(PyTypeObject* type, PyObject* args, PyObject*) {
   PyObject *first, *second, *reduce, *code, *attention;
   if (!PyArg_ParseTuple(args, "OOOOO", &first, &second, &reduce, &code, &attention)) return nullptr;
   const Linear *one = linear_of(first), *other = linear_of(second);
-  if (one == nullptr || other == nullptr || one->dtype != other->dtype || one->wide || other->wide || one->k != other->outputs())
+  if (one == nullptr || other == nullptr || one->dtype != other->dtype || one->wide || one->k != other->outputs())
     return PyErr_Format(PyExc_TypeError, "a half is two Linears of one dtype, the second to where the first comes from");
   PyHalf* self = reinterpret_cast<PyHalf*>(type->tp_alloc(type, 0));
   if (self == nullptr) return nullptr;
@@ -56,7 +56,8 @@ bool reduced(const PyHalf& self, void* at, size_t count) {
   return done != nullptr;
 }
 
-// add(x, tokens, residual, step): residual += reduce(second(first(x))), or with attention between them; rows lie one after the other
+// add(x, tokens, residual, step): residual += reduce(second(first(x))), or with attention between them; rows lie one after the
+// other. A second one that is wide is reduced in float32, and rounded after it.
 PyObject* add(PyObject* self_, PyObject* const* args, Py_ssize_t given) {
   size_t a[4];
   if (!read_sizes(args, given, 4, a)) return nullptr;
@@ -66,7 +67,8 @@ PyObject* add(PyObject* self_, PyObject* const* args, Py_ssize_t given) {
   const auto room = [&](size_t columns) { return (tokens * columns * item + 63) / 64 * 64; };
   const bool attends = self.spec != 0;
   static thread_local Memory memory;
-  char* hidden = static_cast<char*>(memory.of(room(inner) + (attends ? room(second.k) : 0) + room(width)));
+  const size_t partial_room = second.wide ? tokens * width * sizeof(float) : room(width);
+  char* hidden = static_cast<char*>(memory.of(room(inner) + (attends ? room(second.k) : 0) + partial_room));
   char *attended = hidden + room(inner), *partial = attended + (attends ? room(second.k) : 0);
   Py_BEGIN_ALLOW_THREADS;
   run_linear(first, address(a[0]), tokens, first.k, hidden, inner);
@@ -74,7 +76,11 @@ PyObject* add(PyObject* self_, PyObject* const* args, Py_ssize_t given) {
   run_linear(second, attends ? attended : hidden, tokens, second.k, partial, width);
   Py_END_ALLOW_THREADS;
   if (self.reduce != nullptr && !reduced(self, partial, tokens * width)) return nullptr;
-  rows_table(first.dtype).join(address(a[2]), partial, {0, tokens * width});
+  const RowsTable& rows = rows_table(first.dtype);
+  if (second.wide)
+    rows.join_wide(address(a[2]), reinterpret_cast<const float*>(partial), {0, tokens * width});
+  else
+    rows.join(address(a[2]), partial, {0, tokens * width});
   Py_RETURN_NONE;
 }
 

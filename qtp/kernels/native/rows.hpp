@@ -26,6 +26,8 @@ struct RowsTable {
   void (*finish)(void* out, const float* sum, Range columns);
   // x[i] += y[i], of the table's dtype both.
   void (*join)(void* x, const void* y, Range columns);
+  // x[i] += y[i], y[i] being rounded to the table's dtype first.
+  void (*join_wide)(void* x, const float* y, Range columns);
 };
 
 const RowsTable& rows_table(DType dtype);

@@ -104,8 +104,18 @@ void join(void* x_, const void* y_, Range columns) {
 }
 
 template <class E>
+void join_wide(void* x_, const float* y, Range columns) {
+  typename E::stored *x = static_cast<typename E::stored*>(x_), rounded[kLanes];
+  for (size_t i = columns.begin; i < columns.end; i += kLanes) {
+    const size_t n = columns.end - i;
+    E::store(rounded, load_up_to<F32>(y + i, n));
+    store_up_to<E>(x + i, load_up_to<E>(x + i, n) + E::load(rounded), n);
+  }
+}
+
+template <class E>
 constexpr RowsTable table() {
-  return {norm<E>, gate<E>, scale<E>, choose<E>, add<E>, finish<E>, join<E>};
+  return {norm<E>, gate<E>, scale<E>, choose<E>, add<E>, finish<E>, join<E>, join_wide<E>};
 }
 
 }  // namespace
