@@ -456,6 +456,8 @@ MUTANTS = (
            ("tests/loopback/test_graphs.py::test_a_sum_that_fails_within_a_graph_ends_the_step",)),
     mutant("other ranks wait for no step", "qtp/worker/worker.py", "while len(self._begun) > 1:", "while len(self._begun) > 9:",
            ("tests/loopback/test_graphs.py::test_ranks_choose_together",)),
+    mutant("each rank asks itself alone whether it can have graphs", "qtp/worker/worker.py", "if bool(waiting):", "if kernels.waits:",
+           ("tests/loopback/test_graphs.py::test_one_rank_that_waits_for_the_device_is_enough",)),
     mutant("graphs hold sums that go through the host", "qtp/worker/worker.py", "if self.comm.captures(size * summed)", "",
            ("tests/loopback/test_graphs.py::test_graphs_hold_what_ranks_can_sum_within_one",)),
     mutant("parts that cards gather lie in the first place", "collectives/cuda_ipc.py", "bits[self.rank].view", "bits[0].view",

@@ -118,7 +118,8 @@ class Worker:
         sizes = [size for size in buckets(config.max_num_seqs) if self.comm.captures(size * summed)]
         if not sizes:
             return None
-        if kernels.waits:
+        waiting = self.comm.all_reduce(torch.tensor([float(kernels.waits)], device=self.device))
+        if bool(waiting):  # on one rank: what it holds of the experts may be of another type
             if self.comm.rank == 0:
                 log.info("no CUDA graphs: experts of this type go one by one, and the host must know which of them in each step")
             return None

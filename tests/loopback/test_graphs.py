@@ -20,6 +20,7 @@ from collectives.communicator import CollectiveError, Communicator
 from qtp import LLM, RequestOutput, SamplingParams
 from qtp.attention import triton_backend
 from qtp.config import EngineConfig, ModelConfig
+from qtp.worker import worker
 from qtp.worker.graphs import DecodeGraphs, buckets
 from qtp.worker.worker import Worker
 
@@ -163,6 +164,24 @@ def test_ranks_choose_together(kind: str, tp: int, monkeypatch: pytest.MonkeyPat
     assert max(begun) == 1
     assert max(pending) == 2, "one that runs, and one that waits for it"
     assert len(runs) % tp == 0
+
+
+@pytest.mark.skipif(CUDA, reason="as above")
+def test_one_rank_that_waits_for_the_device_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then no rank has graphs, for there would be nobody to talk to within them."""
+    prepare, made = worker._kernels, []
+
+    def prepared(*args: Any) -> Any:
+        kernels, attention = prepare(*args)
+        made.append(kernels)
+        kernels.waits = len(made) == 2
+        return kernels, attention
+
+    monkeypatch.setattr(worker, "_kernels", prepared)
+    with with_graphs("sliding", 2, communicator="loopback", max_num_seqs=1, timeout=20.0) as (llm, runs):
+        assert llm.ranks.worker.graphs is None
+        serve(llm, shrinking(1))
+    assert not runs
 
 
 @pytest.mark.skipif(CUDA, reason="as above")
