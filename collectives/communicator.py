@@ -36,8 +36,8 @@ class Communicator(ABC):
         return None
 
     def captures(self, nbytes: int) -> bool:
-        """Whether all_reduce, and all_gather without sizes, can be part of a CUDA graph where the result has up to `nbytes`
-        bytes. The same on every rank."""
+        """Whether all_reduce, and all_gather without sizes of parts of whole 4 bytes, can be part of a CUDA graph where the
+        result has up to `nbytes` bytes. The same on every rank."""
         return False
 
     def check(self) -> None:

@@ -1,5 +1,5 @@
-"""Small sums between the CUDA cards of one host by one kernel, over memory that they share (CUDA IPC); all else by another
-communicator. What the kernel does is told in `cuda_ipc_kernel`.
+"""Small sums and gathers between the CUDA cards of one host by one kernel, over memory that they share (CUDA IPC); all else by
+another communicator. What the kernel does is told in `cuda_ipc_kernel`.
 
 Whether it is faster than NCCL, and up to which size, has not been measured on several cards.
 """

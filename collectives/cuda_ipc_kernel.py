@@ -155,8 +155,9 @@ def one_step(
             theirs_ptr = tl.multiple_of(theirs.to(tl.pointer_type(x_ptr.dtype.element_ty)), 16)
             tl.store(theirs_ptr + at_B, x_B, mask=inside_B)
         _publish()
-        for i in tl.static_range(1, SIZE):
-            _raise(tl.load(segments_ptr + (RANK + i) % SIZE) + flag + RANK * 4, turn)
+        if _read(segment) == 0:  # else what is written comes of a sum that was given up, and the others should not take it
+            for i in tl.static_range(1, SIZE):
+                _raise(tl.load(segments_ptr + (RANK + i) % SIZE) + flag + RANK * 4, turn)
     if SUMS:
         for r in tl.static_range(SIZE):
             if r != RANK:

@@ -13,8 +13,8 @@ from collectives.wrapped import Wrapped
 
 @dataclass(slots=True)
 class Pulse:
-    """step: the plan that this rank runs, -1 between plans; entered: how many collectives it has entered so far. Written by
-    the thread that works, read by the one that answers for it."""
+    """step: the plan that this rank runs, -1 between plans; entered: how many collectives it has entered so far, and steps it has
+    started on the device. Written by the thread that works, read by the one that answers for it."""
 
     step: int = -1
     entered: int = 0

@@ -47,7 +47,7 @@ class Backend:
 
     group(store, rank, size, rendezvous) builds one, abort(group) ends its work; device_type is where its tensors live; half_sum
     says whether it sums half precision well by itself (otherwise the sum is done in float32); scatters: has reduce_scatter and
-    all_to_all; blocks: waiting for its work blocks the process, not a stream of the device.
+    all_to_all; blocks: waiting for its work blocks the process, not a stream of the device; captures: a CUDA graph can hold it.
     """
 
     name: str
@@ -83,6 +83,10 @@ class TorchGroup(Communicator):
 
     def captures(self, nbytes: int) -> bool:
         return self._backend.captures
+
+    def check(self) -> None:
+        if self._aborted.is_set():  # which ends kernels on the device, and what they leave is of no use
+            raise CollectiveError(f"{self._backend.name}: the communicator was aborted")
 
     def all_gather(self, x: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
         check_sizes(x, dim, sizes, self.rank, self.size)

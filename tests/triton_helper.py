@@ -42,8 +42,8 @@ interpreter._convert_float = _rounded
 
 
 class _Watched:
-    """The interpreter's memory: an IndexError for what lies outside of the tensors that the kernel was given. Else that would be
-    no error here, and on a card only where nothing else lies by chance.
+    """The interpreter's memory: an IndexError for what lies outside of the memory of the tensors that the kernel was given. Else
+    that would be no error here, and on a card only where nothing else lies by chance.
 
     Not so where kernels know tensors by address: what those of experts read, and all of cuda_ipc's."""
 

@@ -124,6 +124,7 @@ def serve(config: EngineConfig, model: ModelConfig, comm: Communicator, follower
             assert isinstance(message, StepPlan), message
             pulse.step = message.step
             worker.follow(message)
+            pulse.entered += 1  # a step may have been one graph, with collectives that nobody counts
             pulse.step = -1
     except Closed:
         return 1

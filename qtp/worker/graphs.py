@@ -67,8 +67,8 @@ class DecodeGraphs:
 
     Captured at construction, collectives inside: all ranks construct it, and run it with the same sequences. A greedy step ends
     with the ids of its rows, on every rank. allowed: columns of this rank's vocabulary that may be chosen, 0 where it has none.
-    blocks: of the KV cache, which must not move any more. A
-    bucket's rows that are not used have length 0 (`attention.decode`)."""
+    blocks: of the KV cache, which must not move any more. A bucket's rows that are not used have length 0 (`attention.decode`).
+    """
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class DecodeGraphs:
         return self._sizes[-1]
 
     def run(self, steps: Sequence[Decode], greedy: bool) -> Tensor:
-        """Starts a step; gives its rows of hidden_SD, which the next run overwrites. One may be started while one runs."""
+        """Starts a step; gives its rows of hidden_SD, which the next run overwrites. One may start while one runs, no more."""
         count, block_size = len(steps), self._block_size
         size = self._size(count)
         idle = (0,) * (size - count)

@@ -74,6 +74,7 @@ def share_cores(config: EngineConfig, comm: Communicator) -> affinity.Cores:
     place = (machine_identity() or socket.gethostname()).encode()[:_PLACE_BYTES].ljust(_PLACE_BYTES, b"\0")
     row = torch.frombuffer(bytearray(place + mine.pack()), dtype=torch.uint8).to(comm.device)
     rows = [bytes(told.tolist()) for told in comm.all_gather(row[None])]
+    comm.check()
     allowances = [affinity.Allowance.unpack(told[_PLACE_BYTES:]) for told in rows]
     cores = affinity.share(comm.rank, [told[:_PLACE_BYTES] for told in rows], allowances, affinity.topology())
     return replace(cores, threads=config.threads or cores.threads, cores=cores.cores if config.bind_cpu else frozenset())

@@ -109,6 +109,7 @@ def _exchange(comm: Communicator, row: Sequence[int]) -> list[list[int]]:
     """Every rank's row, on the host."""
     mine = torch.tensor([row], dtype=torch.int64, device=comm.device)
     rows: list[list[int]] = comm.all_gather(mine).tolist()
+    comm.check()
     return rows
 
 

@@ -90,7 +90,9 @@ class Ranks:
         """Raises ValueError once closed. A step that fails or is interrupted leaves ranks that disagree, so it closes them."""
         with self._running(plan.step) as worker:
             self._send(plan)
-            return worker.execute(plan)
+            result = worker.execute(plan)
+            self._pulse.entered += 1  # as other ranks count it (`serve`)
+            return result
 
     def begin(self, plan: StepPlan) -> None:
         """As `Worker.begin`, where there is `ahead`; raises as `execute`."""
@@ -98,6 +100,7 @@ class Ranks:
         with self._running(plan.step) as worker:
             self._send(plan)
             worker.begin(plan)
+            self._pulse.entered += 1
 
     def finish(self) -> StepResult:
         """As `Worker.finish`; raises as `execute`."""

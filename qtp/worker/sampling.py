@@ -119,8 +119,8 @@ class Sampler:
         return scores, ids.to(torch.int64)
 
     def _pairs(self, values: Tensor, columns: Tensor, count: int) -> Tensor:
-        """(value, id) of `count` of each rank, in the order of their ids: [R, ranks * count, 2] float64. What a rank lacks is
-        filled up with -inf."""
+        """(value, id) of `count` of each rank, rank after rank: [R, ranks * count, 2] float64. What a rank lacks is filled up
+        with -inf."""
         pairs = torch.stack((values.to(torch.float64), (columns + self.start).to(torch.float64)), dim=2)
         if (lacking := count - pairs.shape[1]) > 0:
             nothing = pairs.new_full((len(pairs), lacking, 2), -1.0)

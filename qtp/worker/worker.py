@@ -114,7 +114,7 @@ class Worker:
         """Graphs of decode steps, with Triton's kernels, for as many sequences as the ranks can sum within one; None for none."""
         if config.kernels != "triton" or config.enforce_eager or not _has_graphs(self.device):
             return None
-        summed = 4 * hidden_size  # bytes of a sequence, of the widest dtype
+        summed = max(4 * hidden_size, 16 * self.comm.size)  # bytes of a sequence: of a wide sum, of the ranks' best
         sizes = [size for size in buckets(config.max_num_seqs) if self.comm.captures(size * summed)]
         if not sizes:
             return None
@@ -189,10 +189,11 @@ class Worker:
         """The result of the step that was begun first."""
         begun = self._begun.popleft()
         if isinstance(begun, StepResult):
+            self.comm.check()
             return begun
         step, seq_ids, told = begun
         ids = told.ids()
-        self.comm.check()
+        self.comm.check()  # not before: what failed in the step is known by now
         samples = tuple(Sample(seq_id=i, token=token) for i, token in zip(seq_ids, ids, strict=True))
         return StepResult(step=step, samples=samples)
 
@@ -273,6 +274,7 @@ class Worker:
 
 
 def _has_graphs(device: torch.device) -> bool:
+    """By itself, so that tests can have a stand-in for graphs on CPUs."""
     return device.type == "cuda"
 
 

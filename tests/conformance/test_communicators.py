@@ -15,6 +15,7 @@ from communicator_cases import CASES, WRAPPERS
 from collectives import CollectiveError, Communicator, Rendezvous, available, create
 from collectives.checked import Checked
 from collectives.loopback import loopback
+from collectives.pulse import Pulse, Pulsed
 
 CPU = torch.device("cpu")
 SIZES = (1, 2, 3, 4)
@@ -106,6 +107,19 @@ def test_gloo_takes_work_that_is_done_right_after_a_slice_for_done() -> None:
     comm._run(lambda: LateWork(""))  # type: ignore[attr-defined]
     with pytest.raises(CollectiveError, match="gloo: Connection closed by peer"):
         comm._run(lambda: LateWork("Connection closed by peer"))  # type: ignore[attr-defined]
+    comm.close()
+
+
+def test_an_aborted_one_fails_its_check() -> None:
+    """What its work on a device left behind is of no use, and nothing else would tell."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    comm = Pulsed(
+        create("gloo", Rendezvous(port=listener.getsockname()[1], listener=listener.detach(), timeout=10.0), CPU), Pulse()
+    )
+    comm.check()
+    comm.abort()
+    with pytest.raises(CollectiveError, match="gloo: the communicator was aborted"):
+        comm.check()
     comm.close()
 
 

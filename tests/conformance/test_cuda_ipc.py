@@ -185,6 +185,28 @@ def test_a_peer_that_does_not_come_is_named_and_nobody_waits_for_it_again(turns:
             comm.all_reduce(x)
 
 
+def test_what_comes_of_a_sum_that_was_given_up_is_given_to_nobody() -> None:
+    """Else a peer that was merely late would add it, and know of nothing."""
+    comms = joined(2, timeout=0.3)
+    x = torch.ones(5)
+    write(comms[0], x)
+    sum_up(comms[0], x)  # in vain
+    write(comms[0], x)
+    for comm in comms[1:]:
+        mine = torch.ones(5)
+        write(comm, mine)
+        sum_up(comm, mine)  # of the first turn, which came in time
+        assert mine.tolist() == [2.0] * 5
+        comm.check()
+        write(comm, mine)
+        sum_up(comm, mine)
+        with pytest.raises(CollectiveError, match=r"rank 0 did not come within 0.3 s"):
+            comm.check()
+    for comm in comms:
+        comm.abort()
+        comm.close()
+
+
 def test_an_abort_ends_a_kernel_that_waits() -> None:
     comms = joined(2)
     x = torch.ones(9000 // 4)

@@ -161,6 +161,7 @@ def test_ranks_choose_together(kind: str, tp: int, monkeypatch: pytest.MonkeyPat
             check(serve(llm, some), right)
         assert idle(llm)
     assert {count for count, greedy in runs if greedy} == {1, 2, 3}
+    assert llm.ranks._pulse.entered >= len(begun), "a step counts, for nobody counts what is within its graph"
     assert max(begun) == 1
     assert max(pending) == 2, "one that runs, and one that waits for it"
     assert len(runs) % tp == 0
