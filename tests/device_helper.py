@@ -40,6 +40,7 @@ def between_processes(tp: int) -> str:
 NATIVE = "compiled kernels run on CPUs"
 LEAVES = "deterministic needs the compiled kernels, which run on CPUs"
 COMMANDS = "leaves the device to auto and expects what that chooses without a card"
+THREADS = "threads that talk through the host cannot be in a graph; processes can, in test_parity_processes"
 LEFT_OUT = {
     **{
         f"tests/processes/test_{name}.py": COMMANDS
@@ -55,6 +56,13 @@ LEFT_OUT = {
     "tests/loopback/test_parity.py::test_so_do_sums_by_leaves": LEAVES,
     "tests/loopback/test_quantized.py::test_deterministic_sums": LEAVES,
     "tests/loopback/test_row_bias.py": NATIVE,
+    **{
+        f"tests/loopback/test_graphs.py::test_{name}": THREADS
+        for name in (
+            *("a_sum_that_fails_within_a_graph_ends_the_step", "graphs_hold_what_ranks_can_sum_within_one"),
+            *("one_rank_that_waits_for_the_device_is_enough", "ranks_choose_together"),
+        )
+    },
     "tests/processes/test_deterministic_processes.py": LEAVES,
     "tests/unit/test_int8_attention.py": NATIVE,
     "tests/unit/test_native_attention.py": NATIVE,

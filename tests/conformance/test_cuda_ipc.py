@@ -165,12 +165,12 @@ def test_a_peer_that_does_not_come_is_named_and_nobody_waits_for_it_again(turns:
         write(comm, x.clone())
     start = time.monotonic()
     sum_up(comms[0], x)
-    assert 0.25 < time.monotonic() - start < 10.0
+    assert 0.25 < time.monotonic() - start < 3.0
     sum_up(comms[1], x.clone())
     start = time.monotonic()
     for _ in range(3):
         launch(x, comms[0]._segment, 0, 3, 30.0)
-    assert time.monotonic() - start < 20.0, "a kernel waited although one before it had given up"
+    assert time.monotonic() - start < 5.0, "a kernel waited although one before it had given up"
     line = "cuda_ipc: rank 2 did not come within 0.3 s"
     for call in (lambda: comms[0].all_reduce(x), comms[0].barrier, lambda: comms[0].split([0])):
         with pytest.raises(CollectiveError, match=line):
@@ -214,7 +214,7 @@ def test_an_abort_ends_a_kernel_that_waits() -> None:
     start = time.monotonic()
     write(comms[0], x)
     sum_up(comms[0], x)
-    assert 0.1 < time.monotonic() - start < 10.0
+    assert 0.1 < time.monotonic() - start < 2.0
     with pytest.raises(CollectiveError, match="cuda_ipc: the communicator was aborted"):
         comms[0].all_reduce(x)
     comms[0].close()

@@ -132,7 +132,7 @@ def with_failure(scene: str) -> pytest.MarkDecorator:
 def test_a_silent_peer_ends_in_a_timeout(backend: str, report_of: Callable[[str], Report]) -> None:
     for results in report_of(backend)[:-1]:
         assert results["silent"].startswith("ok "), results["silent"]
-        assert 2.0 < float(results["silent took"]) < 30.0
+        assert 2.0 < float(results["silent took"]) < 10.0
         if backend == "shm":
             assert "shm: ranks [3] did not come within 4 s" in results["silent"]
         if backend == "cuda_ipc":
@@ -144,8 +144,8 @@ def test_an_abort_ends_the_wait_within_a_second(backend: str, report_of: Callabl
     for results in report_of(backend)[:-1]:
         assert results["aborted"].startswith("ok "), results["aborted"]
         assert "abort" in results["aborted"] or "closed" in results["aborted"] or "eset" in results["aborted"]
-        assert 0.2 < float(results["aborted took"]) < 10.0
-        assert float(results["closing aborted took"]) < 10.0
+        assert 0.2 < float(results["aborted took"]) < 2.0
+        assert float(results["closing aborted took"]) < 1.0
 
 
 @with_failure("gone")
@@ -154,9 +154,9 @@ def test_a_killed_peer_ends_the_wait(backend: str, report_of: Callable[[str], Re
     for results in report[:-1]:
         told, seconds, text = results["gone"].split(" ", 2)
         assert told == "ok", results["gone"]
-        assert float(seconds) - float(report[-1]["ended"]) < 10.0, results["gone"]
+        assert float(seconds) - float(report[-1]["ended"]) < 2.0, results["gone"]
         if backend == "shm":
-            assert float(seconds) - float(report[-1]["ended"]) < 5.0
+            assert float(seconds) - float(report[-1]["ended"]) < 0.5
             assert text.startswith("shm: rank 3 (pid ")
             assert text.endswith(") has ended")
 

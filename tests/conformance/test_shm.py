@@ -187,7 +187,7 @@ def test_a_peer_that_closes_ends_the_wait() -> None:
 
     start = time.monotonic()
     results = run_threads(connected(3), call)
-    assert time.monotonic() - start < 10.0
+    assert time.monotonic() - start < 2.0
     assert str(results[1]) == "shm: the communicator is closed"
     for rank in (0, 2):
         assert isinstance(results[rank], CollectiveError)
@@ -237,7 +237,7 @@ def test_control_c_ends_the_wait() -> None:
             start = time.monotonic()
             process.send_signal(signal.SIGINT)
             assert process.stdout.readline() == "interrupted\n"
-            assert time.monotonic() - start < 20.0
+            assert time.monotonic() - start < 1.0
             assert process.stdout.readline() == "shm: the communicator failed before\n"
         finally:
             process.kill()

@@ -146,7 +146,6 @@ def test_batches_of_every_size(kind: str, seqs: int) -> None:
     assert len(jobs) == 1 or {count for count, greedy in runs if not greedy} == sizes
 
 
-@pytest.mark.skipif(CUDA, reason="threads that talk through the host cannot be in a graph; processes are tests/processes'")
 @pytest.mark.parametrize(("kind", "tp"), [("sliding", 2), ("sliding", 3), ("moe", 2)])
 def test_ranks_choose_together(kind: str, tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Collectives inside the graphs; a step is begun before rank 0 has the tokens of the one before, by all ranks."""
@@ -167,7 +166,6 @@ def test_ranks_choose_together(kind: str, tp: int, monkeypatch: pytest.MonkeyPat
     assert len(runs) % tp == 0
 
 
-@pytest.mark.skipif(CUDA, reason="as above")
 def test_one_rank_that_waits_for_the_device_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then no rank has graphs, for there would be nobody to talk to within them."""
     prepare, made = worker._kernels, []
@@ -185,7 +183,6 @@ def test_one_rank_that_waits_for_the_device_is_enough(monkeypatch: pytest.Monkey
     assert not runs
 
 
-@pytest.mark.skipif(CUDA, reason="as above")
 def test_a_sum_that_fails_within_a_graph_ends_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody sees it before the ids are there, which are of no use then."""
     with with_graphs("sliding", 2, communicator="loopback", max_num_seqs=1) as (llm, runs):
@@ -201,7 +198,6 @@ def test_a_sum_that_fails_within_a_graph_ends_the_step(monkeypatch: pytest.Monke
     assert runs
 
 
-@pytest.mark.skipif(CUDA, reason="as above")
 def test_graphs_hold_what_ranks_can_sum_within_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """32 columns of 4 bytes a sequence: two sequences fit, three do not and go without."""
     monkeypatch.setattr(Graphed, "limit", 2 * 32 * 4)

@@ -93,7 +93,7 @@ def test_a_rank_that_hangs_in_a_step_is_killed_and_named() -> None:
         with pytest.raises(RankDied, match=rf"rank 1 \(host .*, pid {pid}\): hangs: .* for 1 s") as caught:
             model.generate([[1, 2, 3]], GREEDY)
         assert caught.value.hangs
-        assert 0.5 < time.monotonic() - before < 20.0
+        assert 0.5 < time.monotonic() - before < 6.0
     assert not psutil.pid_exists(pid)
 
 

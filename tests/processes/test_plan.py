@@ -106,7 +106,7 @@ def test_64_ranks_on_8_nodes(wide: Path) -> None:
     start = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 5
     lines = done.stdout.splitlines()
     model = ModelConfig.load(wide)
     rows = shares(model, Grid.of(64), "bfloat16")

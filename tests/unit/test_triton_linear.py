@@ -109,9 +109,11 @@ def test_rms_norm(tokens: int, width: int, bias: bool, dtype: torch.dtype) -> No
     wanted = normed(norm, x)
     unit = wanted - (norm.bias.double() if norm.bias is not None else 0)
     check(y, wanted, 4 * unit.abs(), dtype, 2)
-    two = 2 * torch.finfo(dtype).eps
-    largest = float(unit.abs().max()) if tokens else 0.0
-    torch.testing.assert_close(y, TorchKernels().rms_norm(norm)(x), rtol=two, atol=two * largest)
+    eps = torch.finfo(dtype).eps
+    rtol, atol = eps, 1e-6
+    if CUDA and tokens:  # a sum in another order, and what is rounded before a bias that takes most of it away
+        rtol, atol = 2 * eps, 2 * eps * float(unit.abs().max())
+    torch.testing.assert_close(y, TorchKernels().rms_norm(norm)(x), rtol=rtol, atol=atol)
 
 
 @every_dtype
@@ -155,7 +157,7 @@ def test_kernels_are_as_those_of_torch(tokens: int, with_bias: bool, dtype: torc
     ours, theirs = TritonKernels(DEVICE), TorchKernels()
     x, weight = random(tokens, 33, seed=11, dtype=dtype), apart(random(18, 33, seed=12, dtype=dtype) / 6, 7)
     bias, norm = random(18, seed=13, dtype=dtype), a_norm(33, dtype, with_bias)
-    bound = {"rtol": 4 * torch.finfo(dtype).eps, "atol": max(4 * torch.finfo(dtype).eps, 2e-6)}
+    bound = {"rtol": 4 * torch.finfo(dtype).eps, "atol": max(4 * torch.finfo(dtype).eps, 2e-6 if CUDA else 0.0)}
     torch.testing.assert_close(ours.linear(weight, bias, norm=norm)(x), theirs.linear(weight, bias, norm=norm)(x), **bound)
     torch.testing.assert_close(ours.linear(weight)(x), theirs.linear(weight)(x), **bound)
     torch.testing.assert_close(ours.gated(weight, norm=norm)(x), theirs.gated(weight, norm=norm)(x), **bound)
