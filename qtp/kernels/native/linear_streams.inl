@@ -46,6 +46,10 @@ QTP_INLINE void multiply(const typename Op::W* const* rows, const float* x, size
   one_step<Op, R, T>([&](int r, int part) __attribute__((always_inline)) { return Op::weight(rows[r] + i, part, length - i); }, x + i * T, acc);
 }
 
+#if QTP_AVX2
+#include "linear_tile.inl"
+#endif
+
 // One linear layer over tokens that lie ready, each leaf padded with zeros to whole steps.
 template <class Op, class E>
 struct Runner {
@@ -54,8 +58,8 @@ struct Runner {
   static constexpr size_t kFew = 4;      // tokens
   static constexpr size_t kFar = 192;    // rows that are taken together with few tokens: long enough for streams
   static constexpr size_t kBlock = 24;   // and with more
-  static constexpr size_t kPiece = 512;  // elements of a row, of which a block and a tile of tokens stay in the first cache
-  static constexpr int kRows = 3, kTokens = 3;  // of a tile
+  static constexpr size_t kPiece = 448;  // elements of a row, of which a block and a tile of tokens stay in the first cache
+  static constexpr int kRows = 3, kTokens = QTP_AVX2 ? 4 : 3;  // of a tile
   static constexpr size_t kUnit = kTokens;
 
   const Linear& linear;
@@ -63,7 +67,7 @@ struct Runner {
   size_t length, tokens;  // length: elements of a token
 
   // Most tokens of a tile; in how many tiles they are dealt; and how many are in one of them.
-  static QTP_INLINE size_t most(size_t tokens) { return tokens == 4 || tokens < 3 ? 2 : kTokens; }
+  static QTP_INLINE size_t most(size_t tokens) { return tokens == 3 ? 3 : tokens <= kFew ? 2 : kTokens; }
   static QTP_INLINE size_t tiles(size_t tokens) { return (tokens + most(tokens) - 1) / most(tokens); }
   static QTP_INLINE size_t dealt(size_t tokens, size_t tile) { return tokens / tiles(tokens) + (tile < tokens % tiles(tokens)); }
 
@@ -79,7 +83,7 @@ struct Runner {
   void rows(size_t first, size_t count, float* into, size_t pitch, float* spare) const {
     if (tokens == 3) return streams<3, 3>(first, count, into, pitch);
     if (tokens <= kFew) return streams<4, 2>(first, count, into, pitch);
-    pieces(first, count, into, pitch, spare);
+    pieces(first, count, into, spare);
   }
 
   QTP_INLINE const W* row(size_t at) const { return static_cast<const W*>(linear.weight) + at * linear.stride; }
@@ -145,14 +149,14 @@ struct Runner {
     }
   };
 
-  // A block of rows by one piece of a leaf after the other, with all tokens. The sums of a leaf that has several wait in memory: so the
-  // order of additions is that of `whole`.
-  void pieces(size_t first, size_t count, float* into, size_t pitch, float* spare) const {
+  // A block of rows by one piece of a leaf after the other, with all tokens: into[t * kBlock + r]. The sums of a leaf that has several
+  // wait in memory: so the order of additions is that of `whole`.
+  void pieces(size_t first, size_t count, float* into, float* spare) const {
     const W* each[kBlock];
     for (size_t r = 0; r < kBlock; ++r) each[r] = row(first + (r < count ? r : count - 1));
     const size_t after = linear.rows - first > kBlock && linear.stride == linear.k ? kBlock * linear.stride : 0;
     Coming coming(each[0] + after, after * sizeof(W), (linear.k / kPiece + 1) * tiles(tokens) * kBlock / kRows);
-    float* const parts = spare + tokens * kBlock * kLanes;  // [leaf][token][row]
+    float* const parts = linear.leaves == 1 ? into : spare + tokens * kBlock * kLanes;  // [leaf][token][row]
     size_t laid = 0;  // elements of a token before this leaf
     for (int leaf = 0; leaf < linear.leaves; ++leaf) {
       const size_t cut = linear.cuts[leaf], whole = linear.cuts[leaf + 1] - cut;
@@ -163,44 +167,63 @@ struct Runner {
         const Piece piece{cut + begin, end - begin, begin == 0, end == whole, laid + begin};
         for (size_t tile = 0, t = 0; tile < tiles(tokens); ++tile) {
           const size_t here = dealt(tokens, tile);
-          for (size_t r = 0; r < count; r += kRows) {
-            coming.go();
-            one_tile<kRows, kTokens>(here, piece, each + r, x + t * length + piece.laid * here, spare + (t * kBlock + r) * kLanes,
-                                     to + t * kBlock + r);
-          }
+          float* waiting = piece.first && piece.last ? spare : spare + t * kBlock * kLanes;
+          one_tile<kTokens>(here, piece, each, count, x + t * length + piece.laid * here, waiting, to + t * kBlock, coming);
           t += here;
         }
         begin = end;
       } while (begin < whole);
       laid += padded<Op>(whole);
     }
-    if (linear.leaves > 1) add_leaves(parts, linear.leaves, tokens * kBlock);
-    for (size_t t = 0; t < tokens; ++t) __builtin_memcpy(into + t * pitch, parts + t * kBlock, kBlock * sizeof(float));
+    if (linear.leaves == 1) return;
+    add_leaves(parts, linear.leaves, tokens * kBlock);
+    __builtin_memcpy(into, parts, tokens * kBlock * sizeof(float));
   }
 
-  // A sum that waits is at waiting[(t * kBlock + r) * kLanes], what is done at to[t * kBlock + r].
-  template <int R, int T>
-  QTP_INLINE void one_tile(size_t here, const Piece& piece, const W* const* rows, const X* from, float* waiting, float* to) const {
+  // A piece of a block of rows with a tile of `here` <= T tokens. Sums wait in vectors: [row / kRows][token][row % kRows]; once they
+  // are done they are added up to to[t * kBlock + r].
+  template <int T>
+  QTP_INLINE void one_tile(size_t here, const Piece& piece, const W* const* rows, size_t count, const X* from, float* waiting, float* to,
+                           Coming& coming) const {
     if constexpr (T > 0) {
-      if (here < T) return one_tile<R, T - 1>(here, piece, rows, from, waiting, to);
-      const auto at = [&](int i) __attribute__((always_inline)) { return waiting + size_t(i / R * int(kBlock) + i % R) * kLanes; };
-      F acc[R * T];
-#pragma GCC unroll 12
-      for (int i = 0; i < R * T; ++i) acc[i] = piece.first ? F{} : read<F>(at(i));
-      const W* begins[R];
+      if (here < T) return one_tile<T - 1>(here, piece, rows, count, from, waiting, to, coming);
+      for (size_t r = 0; r < count; r += kRows) {
+        coming.go();
+        const W* begins[kRows];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) begins[r] = rows[r] + piece.at;
-      multiply<Op, R, T>(begins, from, piece.count, acc);
-      if (!piece.last) {
-#pragma GCC unroll 12
-        for (int i = 0; i < R * T; ++i) write(at(i), acc[i]);
-        return;
+        for (int i = 0; i < kRows; ++i) begins[i] = rows[r + i] + piece.at;
+        add_piece<T>(begins, from, piece, r, waiting + r * T * kLanes);
       }
-      float sums[R * T];
-      all_sums<R * T>(acc, sums);
-#pragma GCC unroll 4
-      for (size_t i = 0; i < T; ++i) __builtin_memcpy(to + i * kBlock, sums + i * R, R * sizeof(float));
+      if (!piece.last) return;
+      for (size_t t = 0; t < T; ++t) {
+        F sums[kBlock];
+#pragma GCC unroll 24
+        for (size_t r = 0; r < kBlock; ++r) sums[r] = read<F>(waiting + ((r / kRows * T + t) * kRows + r % kRows) * kLanes);
+        all_sums<kBlock>(sums, to + t * kBlock);
+      }
     }
+  }
+
+  template <int T>
+  QTP_INLINE void add_piece(const W* const* rows, const X* from, const Piece& piece, [[maybe_unused]] size_t r, float* sums) const {
+    size_t done = 0;
+#if QTP_AVX2
+    if constexpr (Op::parts == 2 && T == 4) {
+      done = piece.count / Op::step * Op::step;
+      const char* next = reinterpret_cast<const char*>(from + T * length);  // tile of tokens: its rows / kRows turns ask for all of it
+      if (done > 0) three_rows_four_tokens(rows, from, done / Op::step, piece.first, sums, next + r / kRows * 2 * done);
+      if (done == piece.count) return;
+    }
+#endif
+    F acc[kRows * T];
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows * T; ++i) acc[i] = piece.first && done == 0 ? F{} : read<F>(sums + i * int(kLanes));
+    const W* begins[kRows];
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) begins[i] = rows[i] + done;
+    multiply<Op, kRows, T>(begins, from + done * T, piece.count - done, acc);
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows * T; ++i) write(sums + i * int(kLanes), acc[i]);
   }
 
   // Memory for a block of tokens that lie ready, in elements of X, and how they are laid there.
