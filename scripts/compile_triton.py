@@ -4,6 +4,7 @@ The interpreter takes more than the compiler does, so that a kernel may pass all
 are caught here: each is compiled to machine code as its arguments would have it, and does nothing. Prints how many there were.
 """
 
+import argparse
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,6 +167,7 @@ def attention() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     catch()
     linear_layers()
     float_layers()

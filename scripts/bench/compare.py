@@ -4,11 +4,11 @@
         [--quantized NAME=DIR ...] [--peers NAME ...] [--cases NAME ...] [--rounds 5] [--threads 2] [--json FILE] [--picture FILE]
 
 Make the checkpoint with scripts/make_checkpoint.py --like qwen2-0.5b --dtype bfloat16. Each engine is a process of its own (two
-for this project and for vLLM: tp 1 with all threads, and tp 2 with half of them each; one more for --deterministic), in its own
-virtual environment, and loads the model once. They take turns A B C A B C ..., one computing at a time: a turn begins when the
-engine before is quiet, and the processor time of those that wait is measured; more than IDLE_LIMIT of a core is told. All get
-the same random prompts, the same bfloat16 weights (for llama.cpp written as a BF16 GGUF beside the checkpoint, once), and
-decode greedily, without prefix caching.
+for this project and for vLLM: tp 1 with all threads, and tp 2 with half of them each; one more for --deterministic, and for a
+model with experts one that cuts them by columns), in its own virtual environment, and loads the model once. They take turns
+A B C A B C ..., one computing at a time: a turn begins when the engine before is quiet, and the processor time of those that wait
+is measured; more than IDLE_LIMIT of a core is told. All get the same random prompts, the same bfloat16 weights (for llama.cpp
+written as a BF16 GGUF beside the checkpoint, once), and decode greedily, without prefix caching.
 
 --quantized adds this project at tp 2 (qtp-tp2-NAME; with qtp-tp1 among the peers qtp-tp1-NAME too) on folders that qtp.quantize
 and qtp.sparse_compressor made of the same checkpoint: w8a8=DIR w8a8sc=DIR kv8=DIR are the names that the ratios at the end are
@@ -61,9 +61,9 @@ from work import Work
 
 HERE = Path(__file__).resolve().parent
 QTP, TRANSFORMERS, LLAMA, VLLM = "qtp", "transformers", "llama", "vllm"
-EXACT = "qtp-tp2-deterministic"
-PEERS = {"qtp-tp1": (QTP, 1), "qtp-tp2": (QTP, 2), EXACT: (QTP, 2), "transformers": (TRANSFORMERS, 1), "llama": (LLAMA, 1)}
-PEERS |= {"vllm-tp1": (VLLM, 1), "vllm-tp2": (VLLM, 2)}
+EXACT, COLUMNS = "qtp-tp2-deterministic", "qtp-tp2-moe_tp2"
+PEERS = {"qtp-tp1": (QTP, 1), "qtp-tp2": (QTP, 2), EXACT: (QTP, 2), COLUMNS: (QTP, 2), "transformers": (TRANSFORMERS, 1)}
+PEERS |= {"llama": (LLAMA, 1), "vllm-tp1": (VLLM, 1), "vllm-tp2": (VLLM, 2)}
 QUANTIZED = {"llama-q8_0": "q8_0", "llama-q4_0": "q4_0"}  # what they read, as quantize_gguf.py calls it
 BF16 = "bf16"
 NEEDS = {QTP: "torch", TRANSFORMERS: "transformers", LLAMA: "llama_cpp", VLLM: "vllm"}
@@ -342,6 +342,7 @@ def start(args: argparse.Namespace, chosen: list[Case], base: Work, logs: Path) 
             kv_bytes=int(work.kv_bytes(tokens)),
             max_num_batched_tokens=args.batched_tokens,
             deterministic=engine.name == EXACT,
+            moe_tp=2 if engine.name == COLUMNS else -1,
         )
 
     limit = Engine(name=LIMIT, kind=LIMIT, tp=1, weights=BF16, folder=args.model)
@@ -351,6 +352,8 @@ def start(args: argparse.Namespace, chosen: list[Case], base: Work, logs: Path) 
         try:
             if missing(python, NEEDS[kind]):
                 raise PeerFailed(f"{python} has no {NEEDS[kind]}; see the installation in --help, then give --python-{kind}")
+            if engine.name == COLUMNS and base.model.moe is None:
+                raise PeerFailed(f"{args.model} has no experts to cut by columns")
             work = base if engine.folder == args.model else Work.of(engine.folder, engine.tp)
             if work.shape != base.shape:
                 raise PeerFailed(f"{engine.folder}: was not made of {args.model}, for its sizes are others")

@@ -43,6 +43,7 @@ class Settings:
     kv_bytes: int
     max_num_batched_tokens: int
     deterministic: bool = False
+    moe_tp: int = -1
 
 
 def version(package: str) -> str:
@@ -67,6 +68,7 @@ def qtp(settings: Settings) -> tuple[str, Run]:
         max_num_batched_tokens=settings.max_num_batched_tokens,
         kv_cache_gib=settings.kv_bytes / 2**30,
         deterministic=settings.deterministic,
+        moe_tp=settings.moe_tp,
     )
 
     def run(prompts: Prompts, count: int) -> tuple[list[list[float]], list[list[int]]]:
