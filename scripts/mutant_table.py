@@ -216,6 +216,8 @@ MUTANTS = (
            "load_up_to<E>(y + i, n) - load_up_to<E>(x + i, n)", KERNEL_TESTS),
     mutant("a half of a block attends over the first layer's cache", "qtp/attention/native_backend.py",
            "(self._keys[layer], self._values[layer]), _NO", "(self._keys[0], self._values[0]), _NO", ATTENTION_TESTS),
+    mutant("halves of eight elements of a key change places", KERNELS + "attention_narrow.inl", "    put(first, 0);\n    put(second, 4);",
+           "    put(first, 4);\n    put(second, 0);", ATTENTION_TESTS, "avx2"),
     mutant("sums come out in another order", KERNELS + "vectors.inl", "x[side * (i % 4) + i / 4]", "x[i]", KERNEL_TESTS, "avx512"),
     mutant("keys behind the last one are seen", KERNELS + "attention_pairs.inl", "hide(unsure > sure ? unsure : sure, room);", "",
            ATTENTION_TESTS, "avx512bf16"),

@@ -100,28 +100,32 @@ struct Halves {
   // Of a lane the low half belongs to a key and the high half to the one kLanes behind it, until `last` has changed that.
   template <class Last>
   static QTP_INLINE void keys(const Stored* const* from, size_t i, size_t own, Word* to, const Last& last) {
-    const auto turn = [&](size_t odd) __attribute__((always_inline)) {
-      U x[kLanes];
+    U first[kLanes], second[kLanes];  // of each 8 elements the first and the second 4, of two keys
 #pragma GCC unroll 8
-      for (size_t j = 0; j < kLanes; ++j) x[j] = beside(load(from[j] + i, own - i), load(from[j + kLanes] + i, own - i), odd);
+    for (size_t j = 0; j < kLanes; ++j) {
+      const U a = load(from[j] + i, own - i), b = load(from[j + kLanes] + i, own - i);
+      first[j] = interleaved<0>(a, b);
+      second[j] = interleaved<4>(a, b);
+    }
+    const auto put = [&](U* x, size_t element) __attribute__((always_inline)) {
       turn_over(x);
 #pragma GCC unroll 8
       for (size_t j = 0; j < kLanes; ++j) {
         const U y = last(x[j]);
-        __builtin_memcpy(to + (2 * j + odd) * kWords, &y, sizeof y);
+        __builtin_memcpy(to + (j / 4 * 8 + j % 4 + element) * kWords, &y, sizeof y);
       }
     };
-    turn(0);
-    turn(1);
+    put(first, 0);
+    put(second, 4);
   }
 
-  // Of each pair of elements the first ones, or the second ones, of two keys.
-  static QTP_INLINE U beside(U a, U b, size_t odd) {
-#if QTP_AVX2
-    return odd ? (U)_mm256_blend_epi16((__m256i)(a >> 16), (__m256i)b, 0xAA) : (U)_mm256_blend_epi16((__m256i)a, (__m256i)(b << 16), 0xAA);
-#else
-    return odd ? (a >> 16) | (b & 0xFFFF0000u) : (a & 0xFFFFu) | (b << 16);
-#endif
+  // Elements from, from + 1, ... of each 8 of a, and after each of them the one of b; 4 of 8.
+  template <uint16_t from>
+  static QTP_INLINE U interleaved(U a, U b) {
+    typedef uint16_t Pairs __attribute__((vector_size(4 * kLanes)));
+    Pairs mask;
+    for (size_t i = 0; i < kPair; ++i) mask[i] = uint16_t(i / 8 * 8 + i % 8 / 2 + from + (i % 2) * kPair);
+    return (U)__builtin_shuffle((Pairs)a, (Pairs)b, mask);
   }
 };
 
@@ -222,13 +226,19 @@ struct Floats {
     for (size_t first = 0; first < count; first += kPair) {
       const Stored* from[kPair];
       for (size_t j = 0; j < kPair; ++j) from[j] = k + offsets[smaller_of(first + j, count - 1)];
-      for (size_t i = 0; i < own; i += Keeper::kStep) Keeper::keys(from, i, own, keys + (first / kPair * width + i) * kWords);
+      Word* to = keys + first / kPair * width * kWords;
+      size_t i = 0;
+      for (; i + Keeper::kStep <= own; i += Keeper::kStep) Keeper::keys(from, i, i + Keeper::kStep, to + i * kWords);  // no test inside
+      if (i < own) Keeper::keys(from, i, own, to + i * kWords);
     }
     for (size_t first = 0; first < count; first += kPair) {
       const size_t stop = smaller_of(first + kPair, count);
       for (size_t i = 0; i < width; i += kPair) {
         Word* to = values + i / kPair * kPartition * kWords;
-        for (size_t j = first; j < stop; ++j) Keeper::values(v + offsets[j] + i, own - i, to + j * kWords);
+        if (own - i >= kPair)
+          for (size_t j = first; j < stop; ++j) Keeper::values(v + offsets[j] + i, kPair, to + j * kWords);
+        else
+          for (size_t j = first; j < stop; ++j) Keeper::values(v + offsets[j] + i, own - i, to + j * kWords);
       }
     }
   }
