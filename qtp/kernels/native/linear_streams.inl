@@ -204,6 +204,7 @@ struct Runner {
     }
   }
 
+  // sums, kRows x T vectors, += a piece of rows r ... r + kRows - 1 of a block with a tile of T tokens.
   template <int T>
   QTP_INLINE void add_piece(const W* const* rows, const X* from, const Piece& piece, [[maybe_unused]] size_t r, float* sums) const {
     size_t done = 0;
