@@ -192,6 +192,8 @@ MUTANTS = (
            "spare : spare;", KERNEL_TESTS, "avx2"),
     mutant("what is left of a row is multiplied with a token's begin", KERNELS + "linear_streams.inl", "from + done * T,", "from,",
            KERNEL_TESTS, "avx2"),
+    mutant("sums of a leaf without elements are what memory had", KERNELS + "linear_streams.inl", "      if (done > 0) {\n",
+           "      if (piece.count == 0) return;\n      if (done > 0) {\n", KERNEL_TESTS, "avx2"),
     mutant("the fourth token of a tile is the third one again", KERNELS + "linear_tile.inl", "QTP_TOKEN(224, 9, 10, 11)",
            "QTP_TOKEN(160, 9, 10, 11)", KERNEL_TESTS, "avx2"),
     mutant("odd elements keep the bits of their neighbours", KERNELS + "linear.inl", "U{} + 0xFFFF0000u", "U{} + 0xFFFFFFFFu", KERNEL_TESTS,

@@ -211,9 +211,11 @@ struct Runner {
 #if QTP_AVX2
     if constexpr (Op::parts == 2 && T == 4) {
       done = piece.count / Op::step * Op::step;
-      const char* next = reinterpret_cast<const char*>(from + T * length);  // tile of tokens: its rows / kRows turns ask for all of it
-      if (done > 0) three_rows_four_tokens(rows, from, done / Op::step, piece.first, sums, next + r / kRows * 2 * done);
-      if (done > 0 && done == piece.count) return;
+      if (done > 0) {
+        const char* next = reinterpret_cast<const char*>(from + T * length);  // tile of tokens: its rows / kRows turns ask for all of it
+        three_rows_four_tokens(rows, from, done / Op::step, piece.first, sums, next + r / kRows * 2 * done);
+        if (done == piece.count) return;
+      }
     }
 #endif
     F acc[kRows * T];
