@@ -19,7 +19,7 @@ from launch.detect import detect
 from launch.signals import Interrupted, interrupting
 from launch.watch import RankDied, last_words
 
-_PATIENCE = 5.0
+_PATIENCE = 10.0
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 

@@ -227,6 +227,8 @@ MUTANTS = (
            ATTENTION_TESTS),
     mutant("two keys of a word change places", KERNELS + "attention_narrow.inl", "{(F)(words << 16), (F)(words & 0xFFFF0000u)}",
            "{(F)(words & 0xFFFF0000u), (F)(words << 16)}", ATTENTION_TESTS),
+    mutant("values in the cache: each piece begins anew", KERNELS + "attention_narrow.inl", "i > 0, out", "false, out", ATTENTION_TESTS),
+    mutant("values in the cache: each piece is the first", KERNELS + "attention_narrow.inl", "offsets + i}", "offsets}", ATTENTION_TESTS),
     mutant("rows that do not deal out evenly are left out", KERNELS + "attention_narrow.inl", "        r += here;\n",
            "        r += rows / parts;\n", ATTENTION_TESTS),
     mutant("powers meet the values of the other key of a pair", KERNELS + "attention_pairs.inl",

@@ -308,7 +308,8 @@ def vllm_env(python: str, tp: int, threads: int) -> dict[str, str]:
     bound = "|".join(",".join(map(str, cores[rank * each : (rank + 1) * each])) for rank in range(tp))
     found = [*Path(python).absolute().parents[1].glob("lib/libiomp5.so"), *Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4")]
     quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    return {"VLLM_CPU_OMP_THREADS_BIND": bound, "LD_PRELOAD": ":".join(map(str, found)), **quiet}
+    patient = {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "3600"}  # a step over 1,024 tokens may take it more than the 300 it has
+    return {"VLLM_CPU_OMP_THREADS_BIND": bound, "LD_PRELOAD": ":".join(map(str, found)), **quiet, **patient}
 
 
 def gguf(model: Path, python: str, weights: str) -> Path:

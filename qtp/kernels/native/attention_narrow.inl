@@ -1,37 +1,45 @@
 // Attention in float32, whatever the cache's dtype, for vectors of up to 8 lanes. Lanes are keys for the scores and elements of a
 // head for the results. A partition is made ready once for all its rows, in columns of vectors that a product reads one after the
-// other: two vectors at a time, still in 16 bits where that halves what is moved and is undone by an instruction or two. A score is
-// added up in order of elements, a result in order of keys.
+// other: two vectors at a time, still in 16 bits where that halves what is moved and is undone by an instruction or two. Only keys
+// have to be turned over for that; for a single tile values are read where they lie. A score is added up in order of elements, a
+// result in order of keys.
 
 constexpr size_t kPair = 2 * kLanes;  // lanes of a column: keys, or elements of a head
+constexpr size_t kNear = 64;          // keys whose values stay in the first cache until all rows and elements have had them
 constexpr size_t kStretch = 32;       // vectors of a column, after which memory is asked for a few lines of what comes next
 
 struct Two {
   F low, high;
 };
 
-// x[i][j] becomes x[j][i]; lanes of 32 bits.
+// Of 4 vectors x[i][j] becomes x[j][i]: lanes of 32 bits, in each 128 bits by themselves.
 template <class V>
-QTP_INLINE void turn_over(V* x) {
+QTP_INLINE void turn_quarters(V* x) {
 #if QTP_AVX2
-  __m256 y[8];
-#pragma GCC unroll 2
-  for (int h = 0; h < 8; h += 4) {
-    const __m256 a = _mm256_unpacklo_ps((__m256)x[h], (__m256)x[h + 1]), b = _mm256_unpackhi_ps((__m256)x[h], (__m256)x[h + 1]);
-    const __m256 c = _mm256_unpacklo_ps((__m256)x[h + 2], (__m256)x[h + 3]), d = _mm256_unpackhi_ps((__m256)x[h + 2], (__m256)x[h + 3]);
-    y[h] = (__m256)_mm256_unpacklo_pd((__m256d)a, (__m256d)c), y[h + 1] = (__m256)_mm256_unpackhi_pd((__m256d)a, (__m256d)c);
-    y[h + 2] = (__m256)_mm256_unpacklo_pd((__m256d)b, (__m256d)d), y[h + 3] = (__m256)_mm256_unpackhi_pd((__m256d)b, (__m256d)d);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    x[i] = (V)_mm256_permute2f128_ps(y[i], y[i + 4], 0x20);
-    x[i + 4] = (V)_mm256_permute2f128_ps(y[i], y[i + 4], 0x31);
-  }
+  const __m256 a = _mm256_unpacklo_ps((__m256)x[0], (__m256)x[1]), b = _mm256_unpackhi_ps((__m256)x[0], (__m256)x[1]);
+  const __m256 c = _mm256_unpacklo_ps((__m256)x[2], (__m256)x[3]), d = _mm256_unpackhi_ps((__m256)x[2], (__m256)x[3]);
+  x[0] = (V)_mm256_unpacklo_pd((__m256d)a, (__m256d)c), x[1] = (V)_mm256_unpackhi_pd((__m256d)a, (__m256d)c);
+  x[2] = (V)_mm256_unpacklo_pd((__m256d)b, (__m256d)d), x[3] = (V)_mm256_unpackhi_pd((__m256d)b, (__m256d)d);
 #else
   const V a = __builtin_shuffle(x[0], x[1], I{0, 4, 1, 5}), b = __builtin_shuffle(x[2], x[3], I{0, 4, 1, 5});
   const V c = __builtin_shuffle(x[0], x[1], I{2, 6, 3, 7}), d = __builtin_shuffle(x[2], x[3], I{2, 6, 3, 7});
   x[0] = __builtin_shuffle(a, b, I{0, 1, 4, 5}), x[1] = __builtin_shuffle(a, b, I{2, 3, 6, 7});
   x[2] = __builtin_shuffle(c, d, I{0, 1, 4, 5}), x[3] = __builtin_shuffle(c, d, I{2, 3, 6, 7});
+#endif
+}
+
+// Of kLanes vectors x[i][j] becomes x[j][i].
+template <class V>
+QTP_INLINE void turn_over(V* x) {
+  turn_quarters(x);
+#if QTP_AVX2
+  turn_quarters(x + 4);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m256 low = (__m256)x[i], high = (__m256)x[i + 4];
+    x[i] = (V)_mm256_permute2f128_ps(low, high, 0x20);
+    x[i + 4] = (V)_mm256_permute2f128_ps(low, high, 0x31);
+  }
 #endif
 }
 
@@ -45,13 +53,14 @@ QTP_INLINE F spread(const float* x) {
 }
 
 // What a column keeps of a dtype: kWords words for kPair elements, which `get` makes floats. `keys` writes, for kPair keys, elements
-// i to i + kStep, one after the other; `values` kPair elements of one key; `own` is how many elements there are, zeros are behind
-// them. `put` writes elements in the order in which `values` has had them.
+// i to i + kStep, one after the other; `values` kPair elements of one key, with kAsStored as the cache has them; `own` is how many
+// elements there are, zeros are behind them. `put` writes elements in the order in which `values` has had them.
 template <class Cached>
 struct Kept {
   using Word = float;
   using Stored = typename Cached::stored;
   static constexpr size_t kWords = kPair, kStep = kLanes;
+  static constexpr bool kAsStored = sizeof(Stored) == sizeof(Word);
 
   static QTP_INLINE Two get(const Word* x) { return {read<F>(x), read<F>(x + kLanes)}; }
 
@@ -83,36 +92,50 @@ struct Kept {
 struct Halves {
   using Word = uint32_t;
   using Stored = uint16_t;
-  static constexpr size_t kWords = kLanes, kStep = kPair;
-
-  static QTP_INLINE U load(const Stored* x, size_t own) {
-    if (own >= kPair) return read<U>(x);
-    U y{};
-    __builtin_memcpy(&y, x, own * sizeof *x);
-    return y;
-  }
+  static constexpr size_t kWords = kLanes, kStep = 8;
+  static constexpr bool kAsStored = true;
 
   static QTP_INLINE void values(const Stored* x, size_t own, Word* to) {
-    const U y = load(x, own);
+    U y{};
+    if (own >= kPair)
+      y = read<U>(x);
+    else
+      __builtin_memcpy(&y, x, own * sizeof *x);
     __builtin_memcpy(to, &y, sizeof y);
+  }
+
+  // 8 elements, of two keys that are 4 apart where a vector has room for them.
+  static QTP_INLINE U load(const Stored* const* from, size_t i, size_t own) {
+    typedef uint32_t Quarter __attribute__((vector_size(16)));
+    const auto one = [&](const Stored* x) __attribute__((always_inline)) {
+      if (own >= 8) return read<Quarter>(x);
+      Quarter y{};
+      __builtin_memcpy(&y, x, own * sizeof *x);
+      return y;
+    };
+#if QTP_AVX2
+    return (U)_mm256_inserti128_si256(_mm256_castsi128_si256((__m128i)one(from[0] + i)), (__m128i)one(from[4] + i), 1);
+#else
+    return one(from[0] + i);
+#endif
   }
 
   // Of a lane the low half belongs to a key and the high half to the one kLanes behind it, until `last` has changed that.
   template <class Last>
   static QTP_INLINE void keys(const Stored* const* from, size_t i, size_t own, Word* to, const Last& last) {
-    U first[kLanes], second[kLanes];  // of each 8 elements the first and the second 4, of two keys
-#pragma GCC unroll 8
-    for (size_t j = 0; j < kLanes; ++j) {
-      const U a = load(from[j] + i, own - i), b = load(from[j + kLanes] + i, own - i);
+    U first[4], second[4];  // elements 0 to 3 and 4 to 7
+#pragma GCC unroll 4
+    for (size_t j = 0; j < 4; ++j) {
+      const U a = load(from + j, i, own - i), b = load(from + j + kLanes, i, own - i);
       first[j] = interleaved<0>(a, b);
       second[j] = interleaved<4>(a, b);
     }
     const auto put = [&](U* x, size_t element) __attribute__((always_inline)) {
-      turn_over(x);
-#pragma GCC unroll 8
-      for (size_t j = 0; j < kLanes; ++j) {
+      turn_quarters(x);
+#pragma GCC unroll 4
+      for (size_t j = 0; j < 4; ++j) {
         const U y = last(x[j]);
-        __builtin_memcpy(to + (j / 4 * 8 + j % 4 + element) * kWords, &y, sizeof y);
+        __builtin_memcpy(to + (element + j) * kWords, &y, sizeof y);
       }
     };
     put(first, 0);
@@ -188,6 +211,7 @@ struct Floats {
   const Unit& unit;
   Ahead& ahead;
   const size_t own, width;  // elements of a head, and what they are padded to
+  const bool in_cache;      // values are read where they lie
   Word* keys;               // [kPair keys][element][key]
   Word* values;             // [kPair elements][key][element]
   float* queries;           // [row][element]
@@ -202,7 +226,8 @@ struct Floats {
   }
 
   Floats(const Call& call, const Unit& unit, Memory cut, Ahead& ahead)
-      : call(call), unit(unit), ahead(ahead), own(call.attention.width), width(padded(own)) {
+      : call(call), unit(unit), ahead(ahead), own(call.attention.width), width(padded(own)),
+        in_cache(Keeper::kAsStored && unit.rows <= kTile && own % kPair == 0) {
     keys = cut.take<Word>(kPartition / kPair * width * kWords);
     values = cut.take<Word>(kPartition / kPair * width * kWords);
     queries = cut.take<float>(kMostTiles * kTile * width);
@@ -231,6 +256,7 @@ struct Floats {
       for (; i + Keeper::kStep <= own; i += Keeper::kStep) Keeper::keys(from, i, i + Keeper::kStep, to + i * kWords);  // no test inside
       if (i < own) Keeper::keys(from, i, own, to + i * kWords);
     }
+    if (in_cache) return;
     for (size_t first = 0; first < count; first += kPair) {
       const size_t stop = smaller_of(first + kPair, count);
       for (size_t i = 0; i < width; i += kPair) {
@@ -243,18 +269,39 @@ struct Floats {
     }
   }
 
-  // to[r * to_stride + lane] is the sum over i < count of x[r * x_stride + i] times a column's vector i, in order; of R rows and C
-  // columns that are `apart`. A function of its own, for then the compiler keeps all sums in registers.
-  template <int R, int C>
-  __attribute__((noinline)) void product(const float* x, size_t x_stride, const Word* column, size_t apart, size_t count, float* to,
-                          size_t to_stride, size_t lines) const {
+  // Where the vectors of columns are: one after the other, or, of values, where they lie in the cache.
+  struct Laid {
+    const Word* at;
+    size_t apart;
+    QTP_INLINE const Word* operator()(size_t i, size_t c) const { return at + c * apart + i * kWords; }
+    QTP_INLINE Laid from(size_t c) const { return {at + c * apart, apart}; }
+  };
+  struct InCache {
+    const Stored* at;
+    const size_t* offsets;
+    QTP_INLINE const Word* operator()(size_t i, size_t c) const { return reinterpret_cast<const Word*>(at + offsets[i] + c * kPair); }
+    QTP_INLINE InCache from(size_t c) const { return {at + c * kPair, offsets}; }
+  };
+
+  // to[r * to_stride + lane] is the sum over i < count of x[r * x_stride + i] times vector i of a column, in order, of R rows and C
+  // columns; with `more` it is added to what is there. A function of its own, for then the compiler keeps all sums in registers.
+  template <int R, int C, class Columns>
+  __attribute__((noinline)) void product(const float* x, size_t x_stride, Columns columns, size_t count, bool more, float* to,
+                                         size_t to_stride, size_t lines) const {
     F low[R * C] = {}, high[R * C] = {};
+    const auto each = [&](const auto& act) __attribute__((always_inline)) {
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) act(to + size_t(r) * to_stride + size_t(c) * kPair, low[r * C + c], high[r * C + c]);
+    };
+    if (more) each([](const float* from, F& l, F& h) __attribute__((always_inline)) { l = read<F>(from), h = read<F>(from + kLanes); });
     for (size_t i = 0; i < count;) {
       ahead.go(C * lines);
       for (const size_t stop = smaller_of(i + kStretch, count); i < stop; ++i) {
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-          const Two y = Keeper::get(column + size_t(c) * apart + i * kWords);
+          const Two y = Keeper::get(columns(i, size_t(c)));
 #pragma GCC unroll 6
           for (int r = 0; r < R; ++r) {
             const F left = spread(x + size_t(r) * x_stride + i);
@@ -264,41 +311,35 @@ struct Floats {
         }
       }
     }
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) {
-        write(to + size_t(r) * to_stride + size_t(c) * kPair, low[r * C + c]);
-        write(to + size_t(r) * to_stride + size_t(c) * kPair + kLanes, high[r * C + c]);
-      }
+    each([](float* to, F l, F h) __attribute__((always_inline)) { write(to, l), write(to + kLanes, h); });
   }
 
   // As `product`, of any number of rows up to R and some columns: so many at a time that there are sums enough to wait for none.
-  template <int R>
-  QTP_INLINE void product_of(size_t rows, const float* x, size_t x_stride, const Word* column, size_t apart, size_t count, float* to,
-                             size_t to_stride, size_t columns, size_t lines) const {
+  template <int R, class Columns>
+  QTP_INLINE void product_of(size_t rows, const float* x, size_t x_stride, Columns columns, size_t count, bool more, float* to,
+                             size_t to_stride, size_t wide, size_t lines) const {
     if constexpr (R > 0) {
-      if (rows < R) return product_of<R - 1>(rows, x, x_stride, column, apart, count, to, to_stride, columns, lines);
+      if (rows < R) return product_of<R - 1>(rows, x, x_stride, columns, count, more, to, to_stride, wide, lines);
       constexpr int some = R == 1 ? 4 : R == 2 ? 2 : 1;
       size_t c = 0;
-      for (; c + some <= columns; c += some)
-        product<R, some>(x, x_stride, column + c * apart, apart, count, to + c * kPair, to_stride, lines);
+      for (; c + some <= wide; c += some) product<R, some>(x, x_stride, columns.from(c), count, more, to + c * kPair, to_stride, lines);
       if constexpr (some > 1)
-        for (; c < columns; ++c) product<R, 1>(x, x_stride, column + c * apart, apart, count, to + c * kPair, to_stride, lines);
+        for (; c < wide; ++c) product<R, 1>(x, x_stride, columns.from(c), count, more, to + c * kPair, to_stride, lines);
     }
   }
 
-  // As `product`, of any number of rows and columns.
-  void products(const float* x, size_t x_stride, const Word* column, size_t apart, size_t count, float* to, size_t to_stride,
-                size_t rows, size_t columns) const {
+  // As `product`, of any number of rows and of `wide` columns. Memory is asked for `share` lines meanwhile.
+  template <class Columns>
+  void products(const float* x, size_t x_stride, Columns columns, size_t count, bool more, float* to, size_t to_stride, size_t rows,
+                size_t wide, size_t share) const {
     const size_t parts = (rows + kProductRows - 1) / kProductRows, together = rows == 1 ? 4 : 2;
-    const size_t lines = ahead.share / (2 * parts * columns * round_up(count, kStretch) / kStretch + 1) + 1;
-    for (size_t c = 0; c < columns; c += together)
+    const size_t lines = share / (parts * wide * (round_up(count, kStretch) / kStretch) + 1) + 1;
+    for (size_t c = 0; c < wide; c += together)
       for (size_t part = 0, r = 0; part < parts; ++part) {
         const bool seven = kProductRows > 4 && rows == 7;  // 4 and 3 would be slower: 3 rows have too few sums to wait for none
         const size_t here = seven ? 5 - 3 * part : rows / parts + (part < rows % parts);
-        product_of<kProductRows>(here, x + r * x_stride, x_stride, column + c * apart, apart, count, to + r * to_stride + c * kPair,
-                                 to_stride, smaller_of(together, columns - c), lines);
+        product_of<kProductRows>(here, x + r * x_stride, x_stride, columns.from(c), count, more, to + r * to_stride + c * kPair,
+                                 to_stride, smaller_of(together, wide - c), lines);
         r += here;
       }
   }
@@ -307,7 +348,8 @@ struct Floats {
     const size_t rows = smaller_of(kTile, unit.rows - first);
     const Sight sight(call, unit, first, rows, begin);
     const size_t stop = sight.stop(), room = round_up(stop, kPair);
-    products(queries + first * width, width, keys, width * kWords, own, scores, kPartition, rows, room / kPair);
+    const size_t wide = width / kPair, share = ahead.share / 2;
+    products(queries + first * width, width, Laid{keys, width * kWords}, own, false, scores, kPartition, rows, room / kPair, share);
     const size_t sure = smaller_of(round_up(sight.sure(), kLanes), room), unsure = smaller_of(sight.unsure() / kLanes * kLanes, room);
     const F scale = all(kLog2E / __builtin_sqrtf(float(own)));
     I lanes;
@@ -336,7 +378,16 @@ struct Floats {
       most[r] = top[0];
       total[r] = sight.none(r) ? 0.0f : sum(sums);
     }
-    products(scores, kPartition, values, kPartition * kWords, stop, out, width, rows, width / kPair);
+    if constexpr (Keeper::kAsStored)
+      if (in_cache) {
+        for (size_t i = 0; i < stop; i += kNear) {
+          const InCache columns{static_cast<const Stored*>(call.values), offsets + i};
+          const size_t count = smaller_of(kNear, stop - i);
+          products(scores + i, kPartition, columns, count, i > 0, out, width, rows, wide, share * kNear / kPartition);
+        }
+        return;
+      }
+    products(scores, kPartition, Laid{values, kPartition * kWords}, stop, false, out, width, rows, wide, share);
   }
 
   static QTP_INLINE void put(const Call& call, size_t kv_head, const float* out, float scale, typename E::stored* to) {
