@@ -177,11 +177,11 @@ class Peer:
         """Seconds of processor time so far, of the worker and of all its descendants that live."""
         return sum(map(_cpu, _tree(self._process.pid)))
 
-    def close(self) -> None:
-        """Ends the worker and everything in its session's process group."""
+    def close(self, patience: float = 30.0) -> None:
+        """Ends the worker and everything in its session's process group, at the latest after so many seconds."""
         try:
             self._requests.close()
-            self._process.wait(30)
+            self._process.wait(patience)
         except (BrokenPipeError, subprocess.TimeoutExpired):
             pass
         try:
@@ -260,15 +260,26 @@ def step_bytes(peer: Peer, case: Case) -> float:
 def measure(
     everyone: list[Peer], chosen: list[Case], rounds: int, work: Work, strangers: Strangers
 ) -> dict[str, dict[str, list[float]]]:
-    """Tokens a second by case and peer, one figure a round, after a round to warm up. The first of `everyone` is the limit."""
+    """Tokens a second by case and peer, one figure a round, after a round to warm up. The first of `everyone` is the limit. An
+    engine that ends meanwhile is told and taken out of `everyone`, and its figures are dropped."""
     limit = everyone[0]
     figures: dict[str, dict[str, list[float]]] = {case.name: {peer.name: [] for peer in everyone} for case in chosen}
     heard: dict[str, list[int]] = {}
     for number in range(rounds + 1):
         for case in chosen:
             prompts = case.prompts(work.vocab)
-            for peer in everyone:
-                reply = turn(peer, everyone, strangers, prompts, case.new)
+            for peer in list(everyone):
+                try:
+                    reply = turn(peer, everyone, strangers, prompts, case.new)
+                except PeerFailed as error:
+                    if peer is limit:
+                        raise
+                    print(f"{error}; the others go on without it", file=sys.stderr, flush=True)
+                    peer.close()
+                    everyone.remove(peer)
+                    for speeds in (*figures.values(), heard):
+                        speeds.pop(peer.name, None)
+                    continue
                 if peer is limit:
                     speed = (
                         reply["product"] / work.prefill_operations(case.batch, case.length) * case.batch * case.length
@@ -327,8 +338,9 @@ def gguf(model: Path, python: str, weights: str) -> Path:
     return out
 
 
-def start(args: argparse.Namespace, chosen: list[Case], base: Work, logs: Path) -> list[Peer]:
-    """The workers of the limit and of every engine that can run, in this order. Prints a line for each, or why it is left out."""
+def start(args: argparse.Namespace, chosen: list[Case], base: Work, logs: Path, started: list[Peer]) -> None:
+    """Adds the workers of the limit and of every engine that can run, in this order. Prints a line for each, or why it is left
+    out."""
     pythons = {QTP: sys.executable, TRANSFORMERS: args.python_transformers, LLAMA: args.python_llama, VLLM: args.python_vllm}
     tokens = max(case.batch * (case.length + case.new) for case in chosen) + 128 * max(case.batch for case in chosen)
 
@@ -347,7 +359,7 @@ def start(args: argparse.Namespace, chosen: list[Case], base: Work, logs: Path) 
         )
 
     limit = Engine(name=LIMIT, kind=LIMIT, tp=1, weights=BF16, folder=args.model)
-    started = [Peer(limit, sys.executable, settings(limit, base), base, logs / "limit.log", {})]
+    started.append(Peer(limit, sys.executable, settings(limit, base), base, logs / "limit.log", {}))
     for engine in engines(args):
         python, kind = pythons[engine.kind], engine.kind
         try:
@@ -365,7 +377,6 @@ def start(args: argparse.Namespace, chosen: list[Case], base: Work, logs: Path) 
             settle(started[-1])
         except (PeerFailed, ValueError) as error:
             print(f"{engine.name} is left out: {error}", flush=True)
-    return started
 
 
 def picture(python: str, source: Path, out: Path) -> None:
@@ -427,13 +438,20 @@ def main() -> None:
         sys.exit(str(error))
     everyone: list[Peer] = []
     strangers = Strangers()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        everyone = start(args, args.cases, work, logs)
+        start(args, args.cases, work, logs, everyone)
         if len(everyone) == 1:
             sys.exit("no engine is left to measure")
         figures = measure(everyone, args.cases, args.rounds, work, strangers)
+        if len(everyone) == 1:
+            sys.exit("no engine is left to tell of")
     except PeerFailed as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        for peer in everyone:
+            peer.close(patience=0.0)
+        sys.exit(130)
     finally:
         for peer in everyone:
             peer.close()
