@@ -150,7 +150,7 @@ class Peer:
         try:
             hello = self._reply()
         except BaseException:
-            self.close()
+            self.close(patience=0.0)
             raise
         self.about: str = hello["about"]
         self.work = work if hello.get("weights") is None else replace(work, dense=hello["weights"])
@@ -177,7 +177,7 @@ class Peer:
         """Seconds of processor time so far, of the worker and of all its descendants that live."""
         return sum(map(_cpu, _tree(self._process.pid)))
 
-    def close(self, patience: float = 30.0) -> None:
+    def close(self, patience: float) -> None:
         """Ends the worker and everything in its session's process group, at the latest after so many seconds."""
         try:
             self._requests.close()
@@ -275,7 +275,7 @@ def measure(
                     if peer is limit:
                         raise
                     print(f"{error}; the others go on without it", file=sys.stderr, flush=True)
-                    peer.close()
+                    peer.close(patience=0.0)
                     everyone.remove(peer)
                     for speeds in (*figures.values(), heard):
                         speeds.pop(peer.name, None)
@@ -437,7 +437,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(str(error))
     everyone: list[Peer] = []
-    strangers = Strangers()
+    strangers, patience = Strangers(), 30.0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         start(args, args.cases, work, logs, everyone)
@@ -449,12 +449,11 @@ def main() -> None:
     except PeerFailed as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        for peer in everyone:
-            peer.close(patience=0.0)
+        patience = 0.0
         sys.exit(130)
     finally:
         for peer in everyone:
-            peer.close()
+            peer.close(patience)
     base = next((name for name in ("qtp-tp2", "qtp-tp1") if name in figures[args.cases[0].name]), everyone[1].name)
     print(f"\n{args.model.name}, {args.threads} threads, medians of {args.rounds} rounds")
     sizes = {case.name: {peer.name: step_bytes(peer, case) for peer in everyone} for case in args.cases if not case.prefill}

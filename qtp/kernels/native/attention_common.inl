@@ -43,6 +43,15 @@ QTP_INLINE float power_of(float x) {
   return y[0];
 }
 
+// A vector full of stored elements, or the first n and zeros; load_up_to makes floats of them.
+template <class V, class Stored>
+QTP_INLINE V words_up_to(const Stored* x, size_t n) {
+  if (n >= sizeof(V) / sizeof *x) return read<V>(x);
+  V y{};
+  __builtin_memcpy(&y, x, n * sizeof *x);
+  return y;
+}
+
 QTP_INLINE size_t last_position(const Unit& unit) { return unit.position + (unit.first + unit.rows - 1) / unit.group; }
 
 // Where the keys and values of a partition's first `count` positions lie: offsets of elements from the start of the cache.

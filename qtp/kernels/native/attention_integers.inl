@@ -21,15 +21,6 @@ QTP_INLINE I dot(I a, I b) {
 #endif
 }
 
-// N bytes, or the first n < N and zeros.
-template <class Vector>
-QTP_INLINE Vector bytes(const int8_t* x, size_t n) {
-  if (n >= sizeof(Vector)) return read<Vector>(x);
-  Vector y{};
-  __builtin_memcpy(&y, x, n);
-  return y;
-}
-
 // x[i][j] becomes x[j][i]; lanes of 32 bits.
 QTP_INLINE void turn_words_over(I* x) {
 #if QTP_AVX512
@@ -47,7 +38,7 @@ QTP_INLINE void turn_words_over(I* x) {
 // 16 elements of two keys, or own_x and own_y of them and zeros, as words.
 QTP_INLINE void pair_up(const int8_t* x, size_t own_x, const int8_t* y, size_t own_y, uint32_t* to) {
 #if QTP_AVX2
-  const __m128i a = bytes<__m128i>(x, own_x), b = bytes<__m128i>(y, own_y);
+  const __m128i a = words_up_to<__m128i>(x, own_x), b = words_up_to<__m128i>(y, own_y);
   const __m128i low = _mm_unpacklo_epi8(a, b), high = _mm_unpackhi_epi8(a, b);
 #if QTP_AVX512
   _mm512_storeu_si512(to, _mm512_cvtepi8_epi16(_mm256_set_m128i(high, low)));
@@ -136,7 +127,7 @@ struct Integers {
       if constexpr (whole)
         x[j] = read<I>(k + offsets[first + j] + i);
       else
-        x[j] = first + j < count ? bytes<I>(k + offsets[first + j] + i, own - i) : I{};
+        x[j] = first + j < count ? words_up_to<I>(k + offsets[first + j] + i, own - i) : I{};
     }
     turn_words_over(x);
     uint32_t* to = keys + first * half + i / 2 * kLanes;

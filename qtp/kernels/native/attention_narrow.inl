@@ -96,27 +96,17 @@ struct Halves {
   static constexpr bool kAsStored = true;
 
   static QTP_INLINE void values(const Stored* x, size_t own, Word* to) {
-    U y{};
-    if (own >= kPair)
-      y = read<U>(x);
-    else
-      __builtin_memcpy(&y, x, own * sizeof *x);
+    const U y = words_up_to<U>(x, own);
     __builtin_memcpy(to, &y, sizeof y);
   }
 
   // 8 elements, of two keys that are 4 apart where a vector has room for them.
   static QTP_INLINE U load(const Stored* const* from, size_t i, size_t own) {
-    typedef uint32_t Quarter __attribute__((vector_size(16)));
-    const auto one = [&](const Stored* x) __attribute__((always_inline)) {
-      if (own >= 8) return read<Quarter>(x);
-      Quarter y{};
-      __builtin_memcpy(&y, x, own * sizeof *x);
-      return y;
-    };
 #if QTP_AVX2
-    return (U)_mm256_inserti128_si256(_mm256_castsi128_si256((__m128i)one(from[0] + i)), (__m128i)one(from[4] + i), 1);
+    const __m128i low = words_up_to<__m128i>(from[0] + i, own), high = words_up_to<__m128i>(from[4] + i, own);
+    return (U)_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
 #else
-    return one(from[0] + i);
+    return words_up_to<U>(from[0] + i, own);
 #endif
   }
 
