@@ -1,11 +1,15 @@
 """Compiles what Triton kernels a piece of code launches for a Hopper GPU, on any machine: `python scripts/compile_triton.py`.
 
 The interpreter takes more than the compiler does, so that a kernel may pass all tests on the CPU and be none on a card. Launches
-are caught here: each is compiled to machine code as its arguments would have it, and does nothing. Prints how many there were.
+are caught here: each is compiled to machine code as its arguments would have it, and does nothing. Prints how many there were,
+and of which the registers do not suffice.
 """
 
 import argparse
+import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 HOPPER = GPUTarget("cuda", 90, 32)
 compiled: set[str] = set()
+spilling: list[str] = []
 
 
 def _type(value: Any, specialize: bool) -> tuple[str, Any]:
@@ -52,9 +57,21 @@ def _compile(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> N
     if key not in compiled:
         compiled.add(key)
         try:
-            triton.compile(ASTSource(self, signature, constants, attributes), target=HOPPER, options=options)
+            kernel = triton.compile(ASTSource(self, signature, constants, attributes), target=HOPPER, options=options)
         except Exception as e:
             raise RuntimeError(f"does not compile: {key}") from e
+        if stack := _stack(kernel.asm["cubin"]):
+            spilling.append(f"{stack} bytes of stack a thread: {key}")
+
+
+def _stack(binary: bytes) -> int:
+    """Bytes that each thread keeps in memory since it has no registers for them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return max(int(found) for found in re.findall(r"STACK:(\d+)", usage))
 
 
 def catch() -> None:
@@ -138,6 +155,35 @@ def float_layers() -> None:
             silu_and_mul(torch.zeros(3, 2 * columns, dtype=dtype))
 
 
+def expert_layers() -> None:
+    """Every kind, for one token, few, some and many, a tile for each; rows aligned and not."""
+    from qtp.kernels.interface import Expert
+    from qtp.kernels.triton.experts import GroupedExperts
+    from qtp.weights.quantized import W8A8, W8A8FP8, W8A16, W8A8Dynamic, Weight
+
+    def weight(kind: str, rows: int, columns: int) -> Weight:
+        if hasattr(torch, kind):
+            return torch.zeros(rows, columns, dtype=getattr(torch, kind))
+        w, ones = torch.zeros(rows, columns, dtype=torch.int8), torch.ones(rows)
+        match kind:
+            case "w8a8":
+                return W8A8(w, 0.5, 3.0, torch.zeros(rows, dtype=torch.int32), ones)
+            case "w8a8_dynamic":
+                return W8A8Dynamic(w, ones, None)
+            case "w8a8_fp8":
+                return W8A8FP8(w.view(torch.float8_e4m3fn), ones, None)
+        return W8A16(w, ones[:, None], ones[:, None], None, 0, 0)
+
+    for kind in ("bfloat16", "float16", "float32", "w8a8", "w8a8_dynamic", "w8a8_fp8", "w8a16"):
+        dtype = getattr(torch, kind) if hasattr(torch, kind) else torch.bfloat16
+        for hidden, columns in ((512, 320), (77, 39)):
+            some = {e: Expert(weight(kind, 2 * columns, hidden), weight(kind, hidden, columns)) for e in range(3)}
+            call = GroupedExperts(some, "cpu")
+            for tokens in (1, 4, 9, 90, 400):
+                x, weights = torch.zeros(tokens, hidden, dtype=dtype), torch.zeros(tokens, 2, dtype=dtype)
+                call(x, weights, torch.zeros(tokens, 2, dtype=torch.int64), x.clone())
+
+
 def attention() -> None:
     """A step of decoding sequences and one of a chunk, for caches in floats and in int8, windows, few sequences and many."""
     from qtp.attention.triton_backend import TritonAttention
@@ -171,6 +217,7 @@ if __name__ == "__main__":
     catch()
     linear_layers()
     float_layers()
+    expert_layers()
     attention()
     sums_between_cards()
-    print(len(compiled))
+    print(*spilling, f"{len(compiled)} compiled, {len(spilling)} of them with too few registers", sep="\n")

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from threading import RLock
 from typing import Any
 
@@ -39,6 +40,16 @@ def _rounded(data: Any, source: Any, target: Any, rounding: Any) -> Any:
 
 
 interpreter._convert_float = _rounded
+
+_np_dtype = cache(interpreter._get_np_dtype)
+
+
+def _element_dtype(kind: Any) -> Any:
+    """What Triton's own makes a table of all types for at each call, a twelfth of the time."""
+    return np.dtype(np.uint64) if kind.scalar.is_ptr() else _np_dtype(kind.scalar)
+
+
+interpreter._get_np_dtype = _element_dtype
 
 
 class _Watched:
@@ -126,8 +137,10 @@ def poison() -> Iterator[None]:
 def few_programs(patch: pytest.MonkeyPatch) -> None:
     """Kernels for one token in larger pieces: each program takes milliseconds in the interpreter."""
     from qtp.attention import triton_backend
-    from qtp.kernels.triton import linear, quantized
+    from qtp.kernels.triton import experts, linear, quantized
 
     patch.setattr(triton_backend, "_PROGRAMS", 6)
     patch.setattr(linear, "_blocks", lambda rows, columns, gated: (16, 64, 4))
     patch.setattr(quantized, "_one", lambda outputs, gated: (16, 64))
+    patch.setattr(experts, "_GATE_UP", experts._Rows(64, 256, 4))
+    patch.setattr(experts, "_DOWN", experts._Rows(32, 256, 4))

@@ -1,6 +1,6 @@
 """Kernels for CUDA devices: Triton's where reading a weight takes the time or several passes become one, torch's matrix product
 for several tokens. Nothing waits for the device, and nothing depends on values, so that a step can be captured in a CUDA graph;
-but for experts of types that `triton.experts` does not take (float8, W8A16 by group, W8A8SC), which are torch's.
+but for experts that `triton.experts` does not take (W8A16 by group, several types in one), which go one by one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from collectives.communicator import Communicator
 from qtp.kernels import triton_quantized
 from qtp.kernels.interface import Choose, Cuts, Deferred, Expert, Experts, Head, Norm, Op, RowOp
-from qtp.kernels.torch_kernels import TorchKernels
+from qtp.kernels.torch_kernels import TorchKernels, grouped
 from qtp.kernels.triton import routing
 from qtp.kernels.triton.experts import GroupedExperts, takes
 from qtp.kernels.triton.linear import OneToken
@@ -78,10 +78,18 @@ class TritonKernels:
         return VocabularyHead(weight) if isinstance(weight, Tensor) else triton_quantized.QuantizedHead(self, weight)
 
     def experts(self, experts: Mapping[int, Expert], leaves: Sequence[range] | None = None) -> Experts:
-        if leaves is not None or not takes(experts):
+        if leaves is not None:
             self.waits = True
             return self._torch.experts(experts, leaves)
-        return GroupedExperts(experts, self._device)
+        whole = {e: Expert(_whole(expert.gate_up), _whole(expert.down)) for e, expert in experts.items()}
+        if takes(whole):
+            return GroupedExperts(whole, self._device)
+        self.waits = True
+        return grouped({e: (self.gated(expert.gate_up), self.linear(expert.down)) for e, expert in whole.items()})
+
+
+def _whole(weight: Weight) -> Weight:
+    return weight if isinstance(weight, Tensor) else triton_quantized.whole(weight)
 
 
 class _Linear:

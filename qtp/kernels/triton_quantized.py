@@ -5,7 +5,6 @@ made. An op may run on one stream at a time. T tokens, D columns, N outputs.
 """
 
 from collections.abc import Callable
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +25,7 @@ from qtp.kernels.torch_quantized import (
     token_maxima,
 )
 from qtp.kernels.triton import quantized
+from qtp.kernels.triton.launch import has_fp8
 from qtp.kernels.triton.norm import rms_norm, silu_and_mul
 from qtp.kernels.triton.quantized import ADDED, FP8_LEVELS, GATED, INT8_LEVELS, INTEGER, RUN, Matrix
 from qtp.kernels.triton.vocabulary import VocabularyHead, top
@@ -44,10 +44,12 @@ def linear(
     across: Communicator | None = None,
 ) -> Callable[[Tensor], Any]:
     """`Kernels.linear`, of `kernels` for float parts."""
-    if isinstance(weight, Packed):
-        return side_by_side([linear(kernels, part, norm=norm, cuts=cuts) for part in weight.parts])
     if isinstance(weight, Float):
         return kernels.linear(weight.weight, weight.bias, norm=norm, cuts=cuts)
+    if across is None and cuts is None:  # else all ranks must do alike
+        weight = whole(weight)
+    if isinstance(weight, Packed):
+        return side_by_side([linear(kernels, part, norm=norm, cuts=cuts) for part in weight.parts])
     if across is not None and not isinstance(weight, W8A8FP8 | W8A16):
         assert norm is None, "a row linear with a norm"
         return _Across(weight, across)
@@ -56,6 +58,26 @@ def linear(
     assert norm is None, "a row linear with a norm"
     parts = linear_leaves(kernels, weight, cuts, across)
     return lambda x: tree_sum(parts(x).unbind())
+
+
+def whole(weight: Quantized | Packed) -> Quantized | Packed:
+    """Not compressed, and one weight where W8A8 parts that follow each other quantize the input alike: gate and up, or query, key
+    and value, whose streams come apart."""
+    if not isinstance(weight, Packed):
+        return expanded(weight)
+    parts: list[Quantized | Float] = []
+    for given in weight.parts:
+        part = given if isinstance(given, Float) else expanded(given)
+        last = parts[-1] if parts else None
+        if isinstance(part, W8A8) and isinstance(last, W8A8):
+            scale, offset = part.input_scale, part.input_offset
+            if (scale, offset) == (last.input_scale, last.input_offset):
+                rows, biases = torch.cat((last.weight, part.weight)), torch.cat((last.quant_bias, part.quant_bias))
+                part = W8A8(rows, scale, offset, biases, torch.cat((last.deq_scale, part.deq_scale)))
+                parts.pop()
+        parts.append(part)
+    first = parts[0]
+    return first if len(parts) == 1 and not isinstance(first, Float) else Packed(tuple(parts))
 
 
 def joining(weight: Quantized) -> RowOp:
@@ -71,6 +93,7 @@ def joining(weight: Quantized) -> RowOp:
 
 def gated(kernels: Kernels, weight: Quantized | Packed, *, norm: Norm | None = None) -> Op:
     """`Kernels.gated`."""
+    weight = whole(weight)
     if isinstance(weight, Packed):
         both = linear(kernels, weight, norm=norm)
         return lambda x: silu_and_mul(both(x))
@@ -181,7 +204,7 @@ class _Product:
         elif isinstance(weight, W8A8FP8):
             self.levels = FP8_LEVELS
             self.matrix = Matrix(weight=w, scale=weight.weight_scale, bias=bias)
-            if not _has_fp8(w.device):
+            if not has_fp8(w.device):
                 self._wide = weight
         else:
             self.matrix = _matrix(weight)
@@ -268,11 +291,6 @@ def _by_torch(weight: W8A8FP8, x: Tensor, out: Tensor, form: int, maxima: Tensor
     if weight.bias is not None:
         y += weight.bias.float()
     _give(y, out, form)
-
-
-@cache
-def _has_fp8(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _fits_scaled_mm(matrix: Matrix, out: Tensor) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from batching_helper import VOCAB, Job, blocks_for, checkpoint, idle, random_jobs, serve
 from graph_helper import InGraphs, stand_in
-from quantized_helper import make
+from quantized_helper import compressed, make
 from torch import Tensor
 from triton_helper import DEVICE, few_programs
 
@@ -92,7 +92,7 @@ def with_graphs(kind: str | Path, tp: int = 1, **choices: Any) -> Iterator[tuple
 
 
 @contextmanager
-def without(kind: str, tp: int = 1, **choices: Any) -> Iterator[LLM]:
+def without(kind: str | Path, tp: int = 1, **choices: Any) -> Iterator[LLM]:
     with an_llm(kind, tp, enforce_eager=True, **choices) as llm:
         assert llm.ranks.worker.graphs is None
         yield llm
@@ -225,9 +225,22 @@ def test_sequences_that_come_at_any_time_and_are_preempted() -> None:
     assert runs
 
 
+@pytest.mark.parametrize("name", ["fp8", "w8a8s"])
+def test_quantized_experts_are_in_them(name: str, tmp_path: Path) -> None:
+    """In float8, and compressed."""
+    folder, ids, _ = make("qwen2_moe", name, tmp_path, num_hidden_layers=1)
+    folder = compressed(folder, tmp_path / "small", 1) if name == "w8a8s" else folder
+    jobs: list[Job] = [(ids[:n], SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)) for n in (3, 2)]
+    with without(folder, max_num_seqs=2) as llm:
+        wanted = serve(llm, jobs)
+    with with_graphs(folder, max_num_seqs=2) as (llm, runs):
+        check(serve(llm, jobs), wanted)
+    assert (2, True) in runs
+
+
 def test_experts_that_ask_the_device_go_without_graphs(tmp_path: Path) -> None:
-    """Those in float8 are torch's, one by one."""
-    folder, ids, _ = make("qwen2_moe", "fp8", tmp_path)
+    """Those in int8 by group go one by one."""
+    folder, ids, _ = make("qwen2_moe", "w8a16-64", tmp_path)
     with with_graphs(folder) as (llm, runs):
         assert llm.ranks.worker.graphs is None
         (output,) = llm.generate([ids[:3]], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))

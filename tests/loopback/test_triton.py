@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models_helper import make_checkpoint, random_ids
-from quantized_helper import error, make
+from quantized_helper import compressed, error, make
 from torch import Tensor
 from triton_helper import DEVICE, few_programs
 
@@ -123,11 +123,21 @@ def test_halves(dtype: str, made: Checkpoint) -> None:
     assert ours.norm() <= 1.5 * theirs.norm()
 
 
-@pytest.mark.parametrize(("name", "tp"), [("qwen2/w8a8", 1), ("qwen2/w8a8", 2), ("qwen2/kv", 1), ("qwen2_moe/dynamic", 2)])
+ON_RANKS = [("qwen2/w8a8", 1), ("qwen2/w8a8", 2), ("qwen2/kv", 1), *((f"qwen2_moe/{name}", 2) for name in ("dynamic", "fp8"))]
+ONE_BY_ONE = [("qwen2_moe/w8a16-64", 1), ("qwen2_moe/fp8-mixed", 1)]  # experts, by the kernels of dense layers
+
+
+@pytest.mark.parametrize(("name", "tp"), ON_RANKS + ONE_BY_ONE)
 def test_quantized(name: str, tp: int, quantized: Made) -> None:
     """The documented arithmetic, in float64."""
     folder, ids, logits = quantized(name)
     assert error(answers(folder, "triton", tp, ids[:4], [3, 1])[0], logits[:4]) < 1e-4
+
+
+def test_compressed_experts(quantized: Made) -> None:
+    folder, ids, logits = quantized("qwen2_moe/w8a8s")
+    small = compressed(folder, folder.with_name("small"), 2)
+    assert error(answers(small, "triton", 2, ids[:4], [3, 1])[0], logits[:4]) < 1e-4
 
 
 def test_the_name_that_is_shown() -> None:

@@ -14,10 +14,10 @@ from qtp.kernels.interface import Expert
 from qtp.kernels.torch_kernels import TorchKernels
 from qtp.kernels.triton import experts as grouped
 from qtp.kernels.triton import routing
-from qtp.weights.quantized import W8A8, W8A16, Packed, W8A8Dynamic, Weight
+from qtp.weights.quantized import W8A8, W8A8FP8, W8A16, Packed, W8A8Dynamic, Weight
 
 ERROR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of the largest output
-KINDS = ("float", "w8a16", "w8a16 without offsets", "w8a8_dynamic", "w8a8")
+KINDS = ("float", "w8a16", "w8a16 without offsets", "w8a8_dynamic", "w8a8", "w8a8_fp8")
 HELD = (1, 2, 5, 6, 9)  # of 11; what a rank may hold
 EXPERTS = 11
 
@@ -54,6 +54,10 @@ def around(x: Tensor) -> Tensor:
 def a_weight(kind: str, rows: int, columns: int, dtype: torch.dtype, seed: int, gap: int = 16) -> Weight:
     if kind == "float":
         return apart(random(rows, columns, seed=seed, dtype=torch.float32).mul_(columns**-0.5).to(dtype), gap)
+    if kind == "w8a8_fp8":
+        floats = random(rows, columns, seed=seed).mul_(100).clamp_(-448, 448)
+        fp8 = apart(floats.to(torch.float8_e4m3fn), gap)
+        return W8A8FP8(fp8, (random(rows, seed=seed + 1).abs() + 0.2) / (100 * columns**0.5), None)
     weight = apart(integers(rows, columns, seed=seed), gap)
     scale = (random(rows, seed=seed + 1).abs() + 0.2) / (60 * columns**0.5)
     if kind == "w8a8":
@@ -91,6 +95,11 @@ def product(weight: Weight, x: Tensor) -> Tensor:
             most = x.float().abs().max()
             s_x = most / torch.tensor(127.0, device=x.device) if most > 0 else torch.ones((), device=x.device)
             return weight.weight.double() @ levels(x, s_x) * s_x.double() * weight.weight_scale.double()
+        case W8A8FP8():
+            most = x.float().abs().max()
+            s_x = most / torch.tensor(448.0, device=x.device) if most > 0 else torch.ones((), device=x.device)
+            x_q = (x.float() / s_x).clamp(-448, 448).to(torch.float8_e4m3fn).double()
+            return weight.weight.double() @ x_q * s_x.double() * weight.weight_scale.double()
         case W8A16():
             return (weight.weight.double() - weight.offset.double()) * weight.scale.double() @ x.double()
     assert isinstance(weight, Tensor)
@@ -189,7 +198,8 @@ def test_odd_shapes(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "kind"), [(12, "float"), (40, "float"), (150, "float"), (12, "w8a8_dynamic"), (40, "w8a8"), (150, "w8a16")]
+    ("tokens", "kind"),
+    [(12, "w8a8_dynamic"), (40, "w8a8"), (150, "w8a16"), *((n, kind) for n in (12, 40, 150) for kind in ("float", "w8a8_fp8"))],
 )
 def test_every_tile(tokens: int, kind: str) -> None:
     case = Case(tokens, top_k=2, hidden=136, columns=72, held=(0, 2), total=3)
@@ -221,7 +231,7 @@ def test_all_tokens_choose_one_expert(tokens: int) -> None:
     check(experts, grouped.GroupedExperts(experts, DEVICE), (x, weights, chosen, partial), ERROR[torch.float16])
 
 
-@pytest.mark.parametrize("kind", ["float", "w8a8_dynamic"])
+@pytest.mark.parametrize("kind", ["float", "w8a8_dynamic", "w8a8_fp8"])
 @pytest.mark.parametrize("tokens", [3, 8])
 def test_zeros_and_a_float32_partial(tokens: int, kind: str) -> None:
     case = Case(tokens)
@@ -231,7 +241,7 @@ def test_zeros_and_a_float32_partial(tokens: int, kind: str) -> None:
     check(experts, grouped.GroupedExperts(experts, DEVICE), (x, weights, chosen, apart(partial.float(), 8)), 4e-3)
 
 
-@pytest.mark.parametrize("kind", ["float", "w8a8", "w8a8_dynamic", "w8a16"])
+@pytest.mark.parametrize("kind", ["float", "w8a8", "w8a8_dynamic", "w8a16", "w8a8_fp8"])
 @pytest.mark.parametrize("tokens", [2, 8])
 def test_as_torch_does(tokens: int, kind: str) -> None:
     case = Case(tokens)
@@ -278,7 +288,7 @@ def replayed(call: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-@pytest.mark.parametrize(("tokens", "kind"), [(2, "float"), (8, "float"), (2, "w8a8_dynamic"), (8, "w8a8")])
+@pytest.mark.parametrize(("tokens", "kind"), [(2, "float"), (8, "float"), (2, "w8a8_dynamic"), (8, "w8a8"), (8, "w8a8_fp8")])
 def test_a_graph_holds_it(tokens: int, kind: str) -> None:
     """The host never looks at where tokens go: the same launches do for any routing, and add in the same order each time."""
     case = Case(tokens)
@@ -301,21 +311,25 @@ def test_a_graph_holds_it(tokens: int, kind: str) -> None:
 
 
 def test_what_it_takes() -> None:
-    some = {kind: some_experts(kind, 24, 16, torch.bfloat16)[1] for kind in ("float", "w8a8", "w8a8_dynamic", "w8a16")}
+    some = {kind: some_experts(kind, 24, 16, torch.bfloat16)[1] for kind in KINDS if kind != KINDS[2]}
     for expert in some.values():
         assert grouped.takes({0: expert, 4: expert})
     gate_up = some["float"].gate_up
     assert isinstance(gate_up, Tensor)
-    for other in (some["w8a8"].gate_up, gate_up.float(), gate_up[:, :-1], gate_up.mT.contiguous().mT):
+    others = [some["w8a8"].gate_up, some["w8a8_fp8"].gate_up, gate_up.float(), gate_up.to(torch.float8_e4m3fn)]
+    for other in (*others, gate_up[:, :-1], gate_up.mT.contiguous().mT):
         assert not grouped.takes({0: Expert(other, some["float"].down), 1: some["float"]})
     dynamic, wide = some["w8a8_dynamic"].gate_up, some["w8a16"].gate_up
     assert isinstance(dynamic, W8A8Dynamic)
     assert isinstance(wide, W8A16)
+    fp8 = some["w8a8_fp8"].gate_up
+    assert isinstance(fp8, W8A8FP8)
     bias = torch.zeros(32, dtype=torch.bfloat16, device=DEVICE)
     groups = [torch.cat([part, part], dim=1) for part in (wide.scale, wide.offset)]
     for odd in (
         Packed((dynamic, dynamic)),
         W8A8Dynamic(dynamic.weight, dynamic.weight_scale, bias),
+        W8A8FP8(fp8.weight, fp8.weight_scale, bias),
         W8A16(wide.weight, wide.scale, wide.offset, bias, 0, 0),
         W8A16(wide.weight, groups[0], groups[1], None, 12, 0),
     ):
@@ -364,7 +378,7 @@ LARGE = () if DEVICE.type == "cpu" else ((1, "bfloat16"), (4, "bfloat16"), (8, "
 
 
 @pytest.mark.parametrize(("tokens", "dtype"), LARGE or [(5, "bfloat16")])
-@pytest.mark.parametrize("kind", ["float", "w8a16", "w8a8_dynamic", "w8a8"])
+@pytest.mark.parametrize("kind", ["float", "w8a16", "w8a8_dynamic", "w8a8", "w8a8_fp8"])
 def test_true_shapes(tokens: int, dtype: str, kind: str) -> None:
     """On a CUDA device those of Qwen2-57B-A14B, on a CPU a 64th of them; against torch in float32 or in integers."""
     hidden, columns, total, top_k = (56, 40, 8, 2) if DEVICE.type == "cpu" else (3584, 2560, 64, 8)

@@ -371,6 +371,29 @@ def test_parts_and_norms() -> None:
         assert torch.equal(logits[:, :13], triton_quantized.wide(TORCH, parts[0])(x))
 
 
+def test_parts_that_quantize_the_input_alike_are_one() -> None:
+    case = Case(63)
+    first, other = case.w8a8(6, 40), case.w8a8(10, 40)
+    alike = replace(other, input_scale=first.input_scale, input_offset=first.input_offset)
+    shifted = replace(alike, input_offset=first.input_offset + 1)
+    scaled = replace(alike, input_scale=2 * first.input_scale)
+    floats = Float(case.normal(4, 40).to(case.dtype), None)
+    for parts, rows in (
+        ((first, alike), (16,)),
+        ((first, alike, shifted, first), (16, 10, 6)),
+        ((first, scaled), (6, 10)),
+        ((first, floats, alike, alike), (6, 4, 20)),
+        ((first, case.dynamic(6, 40), case.dynamic(6, 40)), (6, 6, 6)),
+    ):
+        whole = triton_quantized.whole(Packed(parts))
+        assert tuple(part.shape[0] for part in (whole.parts if isinstance(whole, Packed) else (whole,))) == rows
+        x = case.x(3, 40)
+        expected = [TORCH.linear(p.weight)(x) if isinstance(p, Float) else linear(p)(x) for p in parts]
+        assert torch.equal(linear(Packed(parts))(x), torch.cat(expected, dim=1))
+    assert triton_quantized.whole(first) is first
+    assert isinstance(triton_quantized.whole(Packed((floats,))), Packed)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_joining_the_residual_stream(kind: str) -> None:
     """y is added in the place of what is there, by each road, with the bits of y that is rounded and then added: so it is over

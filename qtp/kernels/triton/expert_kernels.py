@@ -5,8 +5,8 @@ product has C columns to sum over and gives N outputs. slots int32 [limit] says 
 for those that other ranks hold; their pairs cost a program that leaves at once, and what they would have written is not read.
 
 A table, int64 [experts held, 4], has of each weight: its address, elements from row to row, the address of the scales (float32)
-and that of quant_bias (int32) or of the offsets (float32). KIND is that of the weight: float, w8a16, w8a8 or w8a8_dynamic; the
-input of the last two is int8. Sums are float32, of int8 by int8 int32.
+and that of quant_bias (int32) or of the offsets (float32). KIND is that of the weight: float, w8a16, w8a8, w8a8_dynamic or
+w8a8_fp8; the input of the last three is of the weight's type. Sums are float32, of int8 by int8 int32.
 
 Gate and up come from one product: its weight rows take turns, row 2 f is gate's f and row 2 f + 1 is up's, so that one program,
 and in it one thread, has both.
@@ -15,7 +15,7 @@ and in it one thread, has both.
 import triton
 import triton.language as tl
 
-from qtp.kernels.triton.launch import dot, int8_levels, launch_dependents, wait
+from qtp.kernels.triton.launch import dot, dot_fp8, fp8_levels, int8_levels, launch_dependents, wait
 
 
 @triton.jit
@@ -64,13 +64,13 @@ def _row_sums(x_ptr, w_N, C, INT8: tl.constexpr, OFFSET: tl.constexpr, BLOCK_N: 
     WIDE: tl.constexpr = tl.int32 if INT8 else tl.float32
     at_C = tl.arange(0, BLOCK_C)
     w_NC = w_N[:, None] + at_C[None, :]
-    next_NC = tl.load(w_NC, mask=at_C[None, :] < C, other=0)
+    next_NC = tl.load(w_NC, mask=at_C[None, :] < C, other=0.0)
     sums_NC = tl.zeros((BLOCK_N, BLOCK_C), WIDE)
     x_sums_C = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, C, BLOCK_C):
         weight_NC = next_NC
-        next_NC = tl.load(w_NC + (start + BLOCK_C), mask=at_C[None, :] < C - start - BLOCK_C, other=0)
-        x_C = tl.load(x_ptr + start + at_C, mask=at_C < C - start, other=0).to(WIDE)
+        next_NC = tl.load(w_NC + (start + BLOCK_C), mask=at_C[None, :] < C - start - BLOCK_C, other=0.0)
+        x_C = tl.load(x_ptr + start + at_C, mask=at_C < C - start, other=0.0).to(WIDE)
         sums_NC += weight_NC.to(WIDE) * x_C[None, :]
         if OFFSET:
             x_sums_C += x_C
@@ -97,7 +97,7 @@ def gate_up_rows(
     sums_N, all_x = _row_sums(x_ptr + row * x_stride, w_N, D, INT8, OFFSET, BLOCK_N, BLOCK_C)
     launch_dependents(PDL)
     x_scale = 1.0
-    if KIND == "w8a8_dynamic":
+    if x_scales_ptr is not None:
         x_scale = tl.load(x_scales_ptr + row)
     y_N = _scaled(sums_N, all_x, x_scale, table_ptr, slot, rows_N, KIND, OFFSET)
     gate_F, up_F = tl.split(tl.reshape(y_N, (BLOCK_N // 2, 2)))
@@ -127,7 +127,7 @@ def down_rows(
             w_N = _weight_rows(table_ptr, slot, rows_N, WEIGHT, ALIGNED)
             sums_N, all_h = _row_sums(h_ptr + pair.to(tl.int64) * F, w_N, F, INT8, OFFSET, BLOCK_N, BLOCK_C)
             h_scale = 1.0
-            if KIND == "w8a8_dynamic":
+            if h_scales_ptr is not None:
                 h_scale = tl.load(h_scales_ptr + pair)
             out_N = _scaled(sums_N, all_h, h_scale, table_ptr, slot, rows_N, KIND, OFFSET)
             y_N += out_N.to(DTYPE).to(tl.float32) * tl.load(weights_ptr + pair).to(tl.float32)
@@ -207,10 +207,12 @@ def tiles(
     sums_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if INT8 else tl.float32)
     all_x_M = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, C, BLOCK_C):
-        x = tl.load(x_MC + start, mask=at_C[None, :] < C - start, other=0)
-        w = tl.load(w_CN + start, mask=at_C[:, None] < C - start, other=0)
+        x = tl.load(x_MC + start, mask=at_C[None, :] < C - start, other=0.0)
+        w = tl.load(w_CN + start, mask=at_C[:, None] < C - start, other=0.0)
         if INT8:
             sums_MN = tl.dot(x, w, sums_MN, out_dtype=tl.int32)
+        elif KIND == "w8a8_fp8":
+            sums_MN = dot_fp8(x, w, sums_MN)
         elif KIND == "w8a16":
             sums_MN = dot(x, w.to(tl.float32).to(x.dtype), sums_MN)
         else:
@@ -219,7 +221,7 @@ def tiles(
             all_x_M += tl.sum(x.to(tl.float32), axis=1)
     launch_dependents(PDL)
     x_scale = 1.0
-    if KIND == "w8a8_dynamic":
+    if x_scales_ptr is not None:
         x_scale = tl.load(x_scales_ptr + row_M)[:, None]
     y_MN = _scaled(sums_MN, all_x_M[:, None], x_scale, table_ptr, slot, rows_N[None, :], KIND, OFFSET)
     if GATED:
@@ -253,11 +255,11 @@ def combine(
 @triton.jit
 def quantize(
     x_ptr, out_ptr, scales_ptr, inputs_ptr, chosen_ptr, slots_ptr, limit, x_stride, C,
-    PAIRS: tl.constexpr, SHARE: tl.constexpr, STATIC: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+    PAIRS: tl.constexpr, SHARE: tl.constexpr, LEVELS: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x as int8, one row a program: out [rows, C], from row `program 0 // SHARE` of x. PAIRS: a row is of that pair, and left out
-    where its expert is not held. STATIC: with the scale and the offset of the pair's expert, inputs float32 [experts held, 2];
-    otherwise with the row's own scale, which goes to scales [rows] (`weights.quantized`)."""
+    """x as int8 or float8, one row a program: out [rows, C], from row `program 0 // SHARE` of x. PAIRS: a row is of that pair,
+    and left out where its expert is not held. LEVELS 0: with the scale and the offset of the pair's expert, inputs float32
+    [experts held, 2]; otherwise with the row's own scale, max |x| / LEVELS, which goes to scales [rows] (`weights.quantized`)."""
     row, at_C = tl.program_id(0), tl.arange(0, BLOCK_C)
     wait(PDL)
     slot = 0
@@ -266,7 +268,7 @@ def quantize(
         if slot < 0:
             return
     x_C = x_ptr + (row // SHARE).to(tl.int64) * x_stride + at_C
-    if STATIC:
+    if LEVELS == 0:
         scale, offset = tl.load(inputs_ptr + slot * 2), tl.load(inputs_ptr + slot * 2 + 1)
     else:
         most_C = tl.zeros((BLOCK_C,), tl.float32)
@@ -274,10 +276,14 @@ def quantize(
             value_C = tl.load(x_C + start, mask=at_C < C - start, other=0.0).to(tl.float32)
             most_C = tl.maximum(most_C, tl.abs(value_C))
         most = tl.max(most_C, axis=0)
-        scale, offset = tl.where(most > 0.0, tl.div_rn(most, 127.0), 1.0), 0.0
+        scale, offset = tl.math.div_rn(most, LEVELS), 0.0
+        scale = tl.where(scale > 0.0, scale, 1.0)
         tl.store(scales_ptr + row, scale)
     out_C = out_ptr + row.to(tl.int64) * C + at_C
     for start in range(0, C, BLOCK_C):
         value_C = tl.load(x_C + start, mask=at_C < C - start, other=0.0).to(tl.float32)
-        q_C = int8_levels(value_C, scale, offset)
-        tl.store(out_C + start, q_C.to(tl.int8), mask=at_C < C - start)
+        if out_ptr.dtype.element_ty == tl.int8:
+            q_C = int8_levels(value_C, scale, offset).to(tl.int8)
+        else:
+            q_C = fp8_levels(value_C, scale)
+        tl.store(out_C + start, q_C, mask=at_C < C - start)

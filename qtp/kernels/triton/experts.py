@@ -17,12 +17,15 @@ from torch import Tensor
 
 from qtp.kernels.interface import Expert
 from qtp.kernels.triton import expert_kernels
-from qtp.kernels.triton.launch import options
-from qtp.weights.quantized import W8A8, W8A16, W8A8Dynamic, Weight
+from qtp.kernels.triton.launch import has_fp8, options
+from qtp.weights.quantized import W8A8, W8A8FP8, W8A16, W8A8Dynamic, Weight
 
 FEW = 4  # tokens up to which every pair reads its expert's weights by itself
 _PAIRS = 32768  # that go through the tiles at a time, which bounds the memory for what lies between the products
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.int8: tl.int8}
+_FLOATS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+_TYPES = {**_FLOATS, torch.int8: tl.int8, torch.float8_e4m3fn: tl.float8e4nv}
+# What a token's largest |x| becomes where it has a scale of its own.
+_LEVELS = {"w8a8_dynamic": 127.0, "w8a8_fp8": 448.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +57,13 @@ _TILES = (
     (64.0, _Tiles(64, 128, 128, 4, 4)),
     (float("inf"), _Tiles(128, 256, 128, 8, 3)),
 )
+_MANY_FP8 = _Tiles(128, 128, 128, 8, 4)  # in place of the last: sums are held twice
 
 
 def takes(experts: Mapping[int, Expert]) -> bool:
     """Whether `GroupedExperts` can be made of them: the gate_up of all experts alike in kind and shape, and the down too; in
-    floats, W8A8, or W8A8Dynamic or W8A16 without a bias, the latter with one scale for all columns."""
+    floats, W8A8, or W8A8Dynamic, W8A8FP8 (on a device that has float8) or W8A16 without a bias, the latter with one scale for all
+    columns."""
     for weights in ([expert.gate_up for expert in experts.values()], [expert.down for expert in experts.values()]):
         alike = {(_kind(weight), tuple(weight.shape), _data(weight).dtype) for weight in weights if _kind(weight)}
         if len(alike) > 1 or not all(_kind(weight) for weight in weights):
@@ -69,11 +74,13 @@ def takes(experts: Mapping[int, Expert]) -> bool:
 def _kind(weight: Weight) -> str | None:
     match weight:
         case Tensor():
-            kind = "float" if weight.dtype in _TYPES and weight.is_floating_point() else None
+            kind = "float" if weight.dtype in _FLOATS else None
         case W8A8():
             kind = "w8a8"
         case W8A8Dynamic(bias=None):
             kind = "w8a8_dynamic"
+        case W8A8FP8(bias=None) if has_fp8(weight.weight.device):
+            kind = "w8a8_fp8"
         case W8A16(bias=None) if weight.scale.shape[1] == 1:
             kind = "w8a16"
         case _:
@@ -84,7 +91,7 @@ def _kind(weight: Weight) -> str | None:
 def _data(weight: Weight) -> Tensor:
     if isinstance(weight, Tensor):
         return weight
-    assert isinstance(weight, W8A8 | W8A8Dynamic | W8A16), weight
+    assert isinstance(weight, W8A8 | W8A8Dynamic | W8A8FP8 | W8A16), weight
     return weight.weight
 
 
@@ -94,8 +101,9 @@ class _Product:
     def __init__(self, weights: Sequence[Weight], device: torch.device) -> None:
         self.weights = weights  # the table has but their addresses
         self.kind, self.dtype = _kind(weights[0]), _data(weights[0]).dtype
-        self.integers = self.kind in ("w8a8", "w8a8_dynamic")
         self.per_pair = self.kind == "w8a8"  # experts differ in the scale of their input
+        self.levels = _LEVELS.get(self.kind or "", 0.0)
+        self.quantizes = self.per_pair or self.levels > 0
         rows = [_row(weight) for weight in weights]
         self.table = torch.tensor(rows, dtype=torch.int64, device=device)
         size = self.dtype.itemsize
@@ -111,7 +119,7 @@ def _row(weight: Weight) -> tuple[int, int, int, int]:
     match weight:
         case W8A8():
             scale, other = weight.deq_scale, weight.quant_bias
-        case W8A8Dynamic():
+        case W8A8Dynamic() | W8A8FP8():
             scale = weight.weight_scale
         case W8A16():
             scale, other = weight.scale, weight.offset
@@ -125,7 +133,8 @@ class GroupedExperts:
     """`Kernels.experts` without leaves, of experts that `takes` says yes to; their tensors are on `device` and stay where they
     are. Each expert's output is rounded to the dtype of x; times its weight, they are added in float32, to `partial` last.
 
-    W8A8Dynamic takes the largest |h| of a token for the down product over the columns that this rank holds, as torch's does."""
+    W8A8Dynamic and W8A8FP8 take the largest |h| of a token for the down product over the columns that this rank holds, as torch's
+    do."""
 
     def __init__(self, experts: Mapping[int, Expert], device: torch.device | str) -> None:
         assert takes(experts), "weights that `takes` says no to"
@@ -147,7 +156,7 @@ class GroupedExperts:
             return partial
         assert x.shape == partial.shape == (tokens, self.hidden), (x.shape, partial.shape, self.hidden)
         assert x.stride(1) == partial.stride(1) == 1 or self.hidden == 1, "rows of x and of partial are contiguous"
-        assert all(p.integers or p.kind == "w8a16" or p.dtype == x.dtype for p in (self.gate_up, self.down)), x.dtype
+        assert all(p.quantizes or p.kind == "w8a16" or p.dtype == x.dtype for p in (self.gate_up, self.down)), x.dtype
         weights, chosen = weights.contiguous(), chosen.contiguous()
         most = max(1, _PAIRS // top_k)
         for start in range(0, tokens, most):
@@ -188,6 +197,8 @@ class GroupedExperts:
         for product, inputs, share, out in ((self.gate_up, x, top_k, h), (self.down, h, 1, y)):
             gated = product is self.gate_up
             rows, scales, share = self._input(product, inputs, share, chosen, top_k)
+            if product.kind == "w8a8_fp8" and tile.rows > _MANY_FP8.rows:
+                tile = _MANY_FP8
             block_c = tile.bytes // rows.dtype.itemsize
             flags = {"SHARE": share, **product.flags, "GATED": gated, "GROUP": _GROUP}
             expert_kernels.tiles[(blocks * triton.cdiv(out.shape[1], tile.rows // 2 if gated else tile.rows),)](
@@ -202,16 +213,16 @@ class GroupedExperts:
 
     def _input(self, product: _Product, x: Tensor, share: int, chosen: Tensor, top_k: int) -> tuple[Tensor, Tensor | None, int]:
         """What the product multiplies, the scales of its rows, and how many pairs share a row; share: how many share one of x."""
-        if not product.integers:
+        if not product.quantizes:
             return x, None, share
         by_pair = product.per_pair or share == 1
         rows, columns = chosen.numel() if by_pair else len(x), x.shape[1]
-        out = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
+        out = torch.empty(rows, columns, dtype=product.dtype, device=x.device)
         scales = None if product.per_pair else torch.empty(rows, dtype=torch.float32, device=x.device)
-        flags: dict[str, Any] = {"PAIRS": by_pair, "SHARE": share if by_pair else 1, "STATIC": product.per_pair}
+        flags: dict[str, Any] = {"PAIRS": by_pair, "SHARE": share if by_pair else 1}
         expert_kernels.quantize[(rows,)](
             x, out, scales, product.inputs, chosen, self.slots, self.limit, x.stride(0), columns, **flags,
-            BLOCK_C=min(4096, triton.next_power_of_2(columns)), **options(x, 4, 1),
+            LEVELS=product.levels, BLOCK_C=min(4096, triton.next_power_of_2(columns)), **options(x, 4, 1),
         )  # fmt: skip
         return out, scales, 1 if by_pair else share
 

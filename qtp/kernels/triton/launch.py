@@ -21,11 +21,28 @@ def dot(a, b, sums):
 
 
 @triton.jit
+def dot_fp8(a, b, sums):
+    """sums + a b of float8 e4m3 [M, C] and [C, N]. A Hopper card's own product of float8 adds up with 14 bits: its sums are taken
+    over into float32 after each C columns. Products of few rows, which it does not take, are those of float16: exact."""
+    if _INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
+    if a.shape[0] < 64:
+        return tl.dot(a.to(tl.float16), b.to(tl.float16), sums)
+    return tl.dot(a, b, sums, max_num_imprecise_acc=a.shape[1])
+
+
+@triton.jit
 def int8_levels(x, scale, offset):
     """clamp(round(x / scale + offset)), half to even, of float32: `/` alone is not rounded to the nearest on a card, and a
     float32 below 2^22 to which 1.5 * 2^23 is added has no bits left behind the point."""
     levels = tl.minimum(tl.maximum(tl.math.div_rn(x, scale + tl.zeros_like(x)) + offset, -128.0), 127.0)
     return (levels + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def fp8_levels(x, scale):
+    """x / scale, of float32, held within float8 e4m3 and rounded to it, half to even."""
+    return tl.minimum(tl.maximum(tl.math.div_rn(x, scale + tl.zeros_like(x)), -448.0), 448.0).to(tl.float8e4nv)
 
 
 @triton.jit
@@ -66,6 +83,12 @@ def launch_dependents(PDL: tl.constexpr):
 @cache
 def _programmatic(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def has_fp8(device: torch.device) -> bool:
+    """Whether Triton knows float8 e4m3 there."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def options(x: Tensor, warps: int, stages: int) -> dict[str, Any]:

@@ -141,6 +141,8 @@ def some_tokens(x: Tensor, matrix: Matrix, out: Tensor, form: int, arrived: Tens
     block_n, block_d, warps, stages = sizes[block_t]
     if form == GATED or x.dtype == torch.float32:
         block_d //= 2
+    if form == GATED and matrix.group:
+        block_n = min(block_n, 64)  # there are three sums: with more rows, registers do not suffice
     group = matrix.group or max(columns, 1)
     block_d = min(block_d, max(32, triton.next_power_of_2(group)))
     steps = triton.cdiv(group, block_d)

@@ -6,7 +6,7 @@ T tokens, D input columns, N outputs, W words of four int8.
 import triton
 import triton.language as tl
 
-from qtp.kernels.triton.launch import dot, dot4, int8_levels, launch_dependents, read_once, wait
+from qtp.kernels.triton.launch import dot, dot4, fp8_levels, int8_levels, launch_dependents, read_once, wait
 from qtp.kernels.triton.norm import normed
 
 INTEGER_FORM, GATED_FORM, ADDED_FORM = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # as `quantized` says; 0: y
@@ -42,8 +42,7 @@ def quantize(
             tl.store(scales_ptr + token, scale)
     if out_ptr is not None:
         if LEVELS > _INT8:
-            levels_D = tl.minimum(tl.maximum(tl.math.div_rn(x_D, scale), -LEVELS), LEVELS)
-            value_D = levels_D.to(tl.float8e4nv).to(out_ptr.dtype.element_ty)
+            value_D = fp8_levels(x_D, scale).to(out_ptr.dtype.element_ty)
         else:
             value_D = int8_levels(x_D, scale, offset).to(tl.int8)
         tl.store(out_ptr + token * D + at_D, value_D, mask=inside_D)
