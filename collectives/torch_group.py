@@ -163,6 +163,7 @@ class TorchGroup(Communicator):
     def _run(self, start: Callable[[], Any]) -> None:
         if self._group is None:
             raise CollectiveError(f"{self._backend.name}: the communicator is closed")
+        self.check()  # an abort holds a lock of nccl's groups until no graph holds their work, which this thread may have to free
         with _as_collective_error(self._backend.name):
             work = start()
             if self._backend.blocks:

@@ -40,6 +40,9 @@ class StandIn:
         finally:
             _here.graph = None
 
+    def reset(self) -> None:
+        self.steps, self.made = [], []
+
     def replay(self) -> None:
         """What the graph itself makes is poisoned first: memory of a graph holds nothing from one replay to the next."""
         self.replays += 1

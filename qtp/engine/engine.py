@@ -54,6 +54,7 @@ class Engine:
         self.vocab_size, self.max_model_len, self.eos_ids, self.decoder = vocab_size, max_model_len, eos_ids, decoder
         self.ahead = ahead
         self._begun: tuple[StepPlan, list[Sequence]] | None = None
+        self._unfinished = 0  # steps that were begun
         self._requests: dict[int, Request] = {}
         self._next_request = 0
         self._next_sequence = 0
@@ -144,13 +145,22 @@ class Engine:
     def _result(self, plan: StepPlan, chosen: list[Sequence]) -> StepResult:
         """Of the plan, which is begun if it was not; the step after it, if it may be, is begun before."""
         if self._begun is None:
-            self.executor.begin(plan)
+            self._begin(plan)
         alone = len(chosen) <= self.ahead and all(chunk.count == 1 and chunk.sample for chunk in plan.chunks)
         follows = alone and all(s.sampling.only_best for s in chosen)
         self._begun = self.scheduler.follow(chosen) if follows else None
         if self._begun is not None:
-            self.executor.begin(self._begun[0])
-        return self.executor.finish()
+            self._begin(self._begun[0])
+        return self._finish()
+
+    def _begin(self, plan: StepPlan) -> None:
+        self.executor.begin(plan)
+        self._unfinished += 1
+
+    def _finish(self) -> StepResult:
+        result = self.executor.finish()
+        self._unfinished -= 1
+        return result
 
     def output(self, request: Request) -> RequestOutput:
         """The request so far."""
@@ -172,9 +182,10 @@ class Engine:
 
     def _forget_if_idle(self) -> None:
         """With no step to come, the workers learn at once what to forget."""
-        if not self._requests and self._begun is not None:
+        if not self._requests:
             self._begun = None
-            self.executor.finish()
+            while self._unfinished:  # two, where something came between
+                self._finish()
         if not self._requests and (forget := self.scheduler.drop_plan()) is not None:
             self.executor.execute(forget)
 

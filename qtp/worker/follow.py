@@ -138,7 +138,7 @@ def serve(config: EngineConfig, model: ModelConfig, comm: Communicator, follower
         return 1
     finally:
         if worker is not None:
-            worker.graphs = None  # as in `Ranks.close`
+            worker.close()
 
 
 def tell(follower: Follower, rank: int, cause: str, *, details: str = "", user_error: bool = False) -> None:

@@ -96,9 +96,19 @@ class DecodeGraphs:
         model.rope.table(self._numbers[:1], max_model_len)
         self._graphs: dict[tuple[int, bool], _Captured] = {}
         pool: Any = torch.cuda.graph_pool_handle()
-        with torch.inference_mode():
-            for size in progress(sorted(sizes, reverse=True)):  # the largest first: the others fit into its memory
-                self._capture(size, pool)
+        try:
+            with torch.inference_mode():
+                for size in progress(sorted(sizes, reverse=True)):  # the largest first: the others fit into its memory
+                    self._capture(size, pool)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Frees the graphs, whoever still holds them: nccl's communicators end only when no graph holds their work."""
+        for captured in self._graphs.values():
+            captured.graph.reset()
+        self._graphs.clear()
 
     @property
     def most(self) -> int:
@@ -175,6 +185,10 @@ class DecodeGraphs:
             step()  # what is compiled or set up on first use cannot be captured
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                hidden_SD = step()
+            try:
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    hidden_SD = step()
+            except BaseException:
+                graph.reset()
+                raise
             self._graphs[size, greedy] = _Captured(graph, hidden_SD)

@@ -142,6 +142,8 @@ class Works(Protocol):
 
 
 W = TypeVar("W", bound=Works)
+# In the words of what asks the driver by itself: CUDA graphs, Triton loading a kernel, cuBLAS.
+_OUT_OF_MEMORY = ("CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def naming_memory(method: Callable[Concatenate[W, P], R]) -> Callable[Concatenate[W, P], R]:
@@ -151,7 +153,9 @@ def naming_memory(method: Callable[Concatenate[W, P], R]) -> Callable[Concatenat
     def run(self: W, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return method(self, *args, **kwargs)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in _OUT_OF_MEMORY):
+                raise
             line = ran_out(self.doing, str(self.device), error)
         raise ValueError(line)
 

@@ -142,7 +142,7 @@ class Ranks:
                 within(_PATIENCE, lambda: _say_stop(channel))
                 channel.close()
             if self.worker is not None:
-                self.worker.graphs = None  # nccl's communicators end only when no graph holds their work
+                self.worker.close()
             if self._comm is not None:  # before waiting: a rank in the midst of a collective ends with it
                 self._comm.close()
                 self._comm = None
@@ -207,8 +207,8 @@ class Ranks:
 
     @contextmanager
     def _naming_the_cause(self) -> Iterator[None]:
-        """Turns a failed collective into the death that caused it, if another rank tells or shows one; likewise SIGTERM, which
-        launchers send when a rank has died."""
+        """Turns a failed collective, or a device's error after one, into the death that caused it, if another rank tells or shows
+        one; likewise SIGTERM, which launchers send when a rank has died."""
         try:
             yield
         except Interrupted as interrupted:
@@ -218,7 +218,7 @@ class Ranks:
                 raise
             self._cause = self._in_full(death)
             raise (self._cause or death) from None
-        except (RankDied, CollectiveError):
+        except (RankDied, CollectiveError, torch.AcceleratorError):
             death = self._cause = self._death()
             if death is None:
                 raise

@@ -166,6 +166,11 @@ class Worker:
         self.begin(plan)
         return self.finish()
 
+    def close(self) -> None:
+        """To be called before the communicator is closed, whose work graphs hold. No step can be begun any more."""
+        if self.graphs is not None:
+            self.graphs.close()
+
     def follow(self, plan: StepPlan) -> None:
         """As `execute`, where nobody reads the result. Where there is `ahead` it waits for no more than the step before."""
         if not self.ahead:

@@ -2,24 +2,28 @@
 kernels run in Triton's interpreter."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import count as counting
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from batching_helper import VOCAB, Job, blocks_for, checkpoint, idle, random_jobs, serve
-from graph_helper import InGraphs, stand_in
+from graph_helper import InGraphs, StandIn, stand_in
 from quantized_helper import compressed, make
 from torch import Tensor
 from triton_helper import DEVICE, few_programs
 
 from collectives.communicator import CollectiveError, Communicator
+from collectives.solo import Solo
 from qtp import LLM, RequestOutput, SamplingParams
 from qtp.attention import triton_backend
 from qtp.config import EngineConfig, ModelConfig
+from qtp.kernels.triton import vocabulary
 from qtp.worker import worker
 from qtp.worker.graphs import DecodeGraphs, buckets
 from qtp.worker.worker import Worker
@@ -196,6 +200,44 @@ def test_a_sum_that_fails_within_a_graph_ends_the_step(monkeypatch: pytest.Monke
         with pytest.raises(CollectiveError, match=r"rank 1 did not come|a loopback rank left"):
             serve(llm, shrinking(1))
     assert runs
+
+
+@pytest.mark.parametrize(
+    ("moment", "error"),
+    [("capture", torch.AcceleratorError), ("capture", KeyboardInterrupt), ("replay", torch.AcceleratorError), ("close", None)],
+)
+def test_no_graph_outlives_the_communicator(
+    moment: str, error: type[BaseException] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nccl's would wait for those that the frames of an exception hold."""
+    graphs: list[StandIn] = []
+    begin, close, follow, steps = StandIn.__init__, Solo.close, vocabulary.follow, counting(1)
+
+    def noted(self: StandIn) -> None:
+        begin(self)
+        graphs.append(self)
+
+    def closing(self: Solo) -> None:
+        assert len(graphs) == (2 if moment == "capture" else 4)
+        assert not any(graph.steps for graph in graphs)
+        graphs.clear()
+        close(self)
+
+    def fails(*args: Any) -> None:
+        follow(*args)
+        if error is not None and next(steps) == 4:  # while the second graph is captured
+            raise error("no")
+
+    monkeypatch.setattr(StandIn, "__init__", noted)
+    monkeypatch.setattr(Solo, "close", closing)
+    if moment == "capture":
+        monkeypatch.setattr(vocabulary, "follow", fails)
+    with pytest.raises(error) if error is not None else nullcontext(), with_graphs("sliding", max_num_seqs=2) as (llm, _):
+        assert all(graph.steps for graph in graphs)
+        if moment == "replay":
+            monkeypatch.setattr(StandIn, "replay", Mock(side_effect=torch.AcceleratorError("no")))
+        serve(llm, shrinking(2))
+    assert not graphs
 
 
 def test_graphs_hold_what_ranks_can_sum_within_one(monkeypatch: pytest.MonkeyPatch) -> None:

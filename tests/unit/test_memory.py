@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -313,6 +314,21 @@ def test_a_worker_with_its_blocks_given_measures_nothing(monkeypatch: pytest.Mon
     monkeypatch.setattr(worker_module, "card_of", fails)
     given, model = settled("dense", 2, num_kv_blocks=7, block_size=4, device="cpu")
     assert on_threads(2, lambda comm: Worker(given, model, comm).num_kv_blocks, torch.device("cpu")) == [7, 7]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_memory_that_others_than_the_allocator_ask_for(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, model = settled("dense", 1, num_kv_blocks=7, block_size=4, device="cpu")
+    monkeypatch.setattr(worker_module, "load", Mock(side_effect=error))
+    with pytest.raises(ValueError, match=r"^out of memory on cpu while reading the weights; raise tp"):
+        on_threads(1, lambda comm: Worker(given, model, comm), torch.device("cpu"))
 
 
 def test_nothing_else_than_memory_is_renamed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,30 @@ def test_not_where_tokens_are_drawn_or_there_are_too_many() -> None:
         assert workers.ahead == 0
 
 
+@pytest.mark.parametrize("begun", [1, 2])
+def test_what_was_begun_before_an_interrupt_is_finished(begun: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the one who ends the requests then, so that the next ones find the workers idle."""
+    engine, workers = setting(20, 4, 4, 64)
+    request = engine.add([1, 2], greedy(10))
+    for _ in range(2 * begun - 1):
+        engine.step()
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    place = (engine.scheduler, "follow") if begun == 1 else (workers, "finish")
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    assert len(workers.begun) == begun
+    engine.abort(request)
+    assert not workers.begun
+    engine.add([5, 6], greedy(3))
+    (output,) = [o for _ in range(9) if engine.has_work for o in engine.step() if o.finished]
+    assert output.outputs[0].token_ids == expected([5, 6], 3)
+
+
 def test_who_waits_is_let_in() -> None:
     """A request that arrives while steps run ahead starts two steps later at most; one without room holds up nobody."""
     engine, workers = setting(20, 4, 2, 64)
