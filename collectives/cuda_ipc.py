@@ -132,8 +132,7 @@ def create(rendezvous: Rendezvous, device: torch.device) -> Communicator:
             "this one; choose nccl"
         )
     device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
-    card = str(torch.cuda.get_device_properties(device).uuid)
-    inner = torch_group.nccl_or_gloo(rendezvous, device, "cuda_ipc", card)
+    inner = torch_group.nccl_or_gloo(rendezvous, device, "cuda_ipc", torch_group.name_of_card(device))
     try:
         return CudaIpc(inner, rendezvous.timeout)
     except BaseException:

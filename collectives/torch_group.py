@@ -313,8 +313,27 @@ def gloo(rendezvous: Rendezvous, device: torch.device, *, chosen: str = "gloo") 
 
 
 def nccl(rendezvous: Rendezvous, device: torch.device) -> Communicator:
-    """NVIDIA's library, for CUDA tensors; one rank a GPU. The caller has made `device` the current one."""
-    return TorchGroup(NCCL, join(rendezvous, "nccl"), rendezvous.rank, rendezvous.size, rendezvous, device)
+    """NVIDIA's library, for CUDA tensors; one rank a GPU. The caller has made `device` the current one. ValueError on every rank
+    if two of them have the same: by its name, for where each rank is shown its own alone, all have the number 0."""
+    return over_nccl(rendezvous, device, name_of_card(device))
+
+
+def over_nccl(rendezvous: Rendezvous, device: torch.device, card: str) -> Communicator:
+    """As `nccl`, of a rank whose card has the name `card`."""
+    store = join(rendezvous, "nccl")
+    cards = _exchange_over(store, "card", rendezvous)(card.encode())
+    for rank, name in enumerate(cards):
+        if (first := cards.index(name)) < rank:
+            raise ValueError(
+                f"communicator 'nccl' needs a card for each rank, and ranks {first} and {rank} have the same one; start fewer, "
+                "or let them share it with gloo"
+            )
+    return TorchGroup(NCCL, store, rendezvous.rank, rendezvous.size, rendezvous, device)
+
+
+def name_of_card(device: torch.device) -> str:
+    """The same in every process, whatever number it knows the CUDA device by."""
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def nccl_or_gloo(rendezvous: Rendezvous, device: torch.device, chosen: str, card: str) -> Communicator:

@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction, type_canonicalisation_dict
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 HOPPER = GPUTarget("cuda", 90, 32)
+SHARED = 227 * 1024  # bytes of shared memory that a program can have there
 compiled: set[str] = set()
 spilling: list[str] = []
 
@@ -51,7 +52,8 @@ def _compile(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> N
             constants[(i,)] = known
             continue
         address = value.data_ptr() if isinstance(value, Tensor) else value
-        if not param.do_not_specialize and isinstance(address, int) and address % 16 == 0:
+        free = param.do_not_specialize or param.do_not_specialize_on_alignment
+        if not free and isinstance(address, int) and address % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
     key = f"{self.fn.__module__}.{self.fn.__name__} {signature} {constants} {attributes} {options}"
     if key not in compiled:
@@ -60,6 +62,7 @@ def _compile(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> N
             kernel = triton.compile(ASTSource(self, signature, constants, attributes), target=HOPPER, options=options)
         except Exception as e:
             raise RuntimeError(f"does not compile: {key}") from e
+        assert kernel.metadata.shared <= SHARED, f"{kernel.metadata.shared} bytes of shared memory: {key}"
         if stack := _stack(kernel.asm["cubin"]):
             spilling.append(f"{stack} bytes of stack a thread: {key}")
 

@@ -122,7 +122,7 @@ class TritonAttention:
                 *(sums, stats, out_THd, tables.lens_S, self.heads, splits, window or 0),
                 **self._merge,
                 **flags,
-                SPLITS=triton.next_power_of_2(splits),
+                SPLITS=triton.next_power_of_2(max(splits, 8)),  # each size is a kernel to compile
                 **options(qkv_THd, 1, 1),
             )
 

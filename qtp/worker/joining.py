@@ -56,7 +56,9 @@ def use_device(config: EngineConfig, rendezvous: Rendezvous) -> torch.device:
             ) from None
     module = torch.get_device_module(config.device)
     found = module.device_count()
-    if not found or (rendezvous.local_size > found and config.communicator in _ONE_A_RANK):
+    few = rendezvous.local_size > found and config.communicator in _ONE_A_RANK
+    shown_its_own = found == 1 and config.communicator == "nccl"  # perhaps, by the launcher: nccl will know
+    if not found or (few and not shown_its_own):
         raise ValueError(
             f"{rendezvous.local_size} ranks on this host need as many {config.device} devices for communicator "
             f"{config.communicator!r}, and it has {found}; start fewer, let them share with --communicator gloo, or use --device "

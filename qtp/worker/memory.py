@@ -1,5 +1,5 @@
 """Measures what a card has room for beside the weights, by a step of the largest size, and turns running out of memory into the
-user's line."""
+user's line. Also the other steps that a worker runs before there are requests."""
 
 import functools
 import hashlib
@@ -113,6 +113,10 @@ def _exchange(comm: Communicator, row: Sequence[int]) -> list[list[int]]:
     return rows
 
 
+# Tokens from which on another kernel is taken: for one, few and some, larger tiles, other tiles of experts.
+_SIZES = (1, 2, 5, 17, 33, 65, 129, 257, 1025)
+
+
 def largest_step(config: EngineConfig, vocab_size: int) -> tuple[StepPlan, StepPlan]:
     """A step of max_num_batched_tokens tokens in as many sequences as there may be, one token each but for the last ones, all
     sampled from their whole logits; and the step that forgets them. All their KV goes to block 0."""
@@ -122,7 +126,21 @@ def largest_step(config: EngineConfig, vocab_size: int) -> tuple[StepPlan, StepP
     for i in reversed(range(count)):
         more = min(left, config.max_model_len - 1)
         lengths[i], left = lengths[i] + more, left - more
-    spec = SamplingSpec(logprobs=0)
+    return _step(lengths, SamplingSpec(logprobs=0), config, vocab_size)
+
+
+def first_steps(config: EngineConfig, vocab_size: int) -> list[StepPlan]:
+    """Steps that ask for the kernels which requests will, where each is compiled when it is first met: a prompt of each of
+    _SIZES, for they differ in the number of tokens, and so many sequences, chosen by the best, from whole logits and by top_k.
+    All their KV goes to block 0."""
+    assert config.max_model_len is not None
+    specs = (SamplingSpec(), SamplingSpec(logprobs=0), SamplingSpec(temperature=1.0, top_k=2))
+    steps = [_step([n], specs[0], config, vocab_size) for n in _SIZES if n <= config.max_model_len - 1]
+    steps += [_step([1] * n, spec, config, vocab_size) for n in _SIZES if n <= config.max_num_seqs for spec in specs]
+    return [plan for step in steps if sum(c.count for c in step[0].chunks) <= config.max_num_batched_tokens for plan in step]
+
+
+def _step(lengths: Sequence[int], spec: SamplingSpec, config: EngineConfig, vocab_size: int) -> tuple[StepPlan, StepPlan]:
     started = tuple(
         NewSequence(seq_id=i, token_ids=tuple((i + at) % vocab_size for at in range(n)), prompt_len=n, sampling=spec)
         for i, n in enumerate(lengths)
@@ -131,7 +149,7 @@ def largest_step(config: EngineConfig, vocab_size: int) -> tuple[StepPlan, StepP
         Chunk(seq_id=i, start=0, count=n, sample=True, new_blocks=(0,) * -(-n // config.block_size))
         for i, n in enumerate(lengths)
     )
-    return StepPlan(step=0, started=started, chunks=chunks), StepPlan(step=0, dropped=tuple(range(count)))
+    return StepPlan(step=0, started=started, chunks=chunks), StepPlan(step=0, dropped=tuple(range(len(lengths))))
 
 
 class Works(Protocol):

@@ -23,7 +23,7 @@ from qtp.kv.cache import KVCache
 from qtp.kv.scales import kv_scales
 from qtp.layout.leaves import row_cuts
 from qtp.layout.split import even
-from qtp.memory import ALLOCATING, CAPTURING, MEASURING, READING, STEPPING, kv_blocks, told
+from qtp.memory import ALLOCATING, BEGINNING, CAPTURING, MEASURING, READING, STEPPING, kv_blocks, told
 from qtp.models import FAMILIES, Place
 from qtp.weights.assemble import assemble
 from qtp.weights.checkpoint import open_checkpoint
@@ -34,7 +34,7 @@ from qtp.weights.quantized import Unscaled
 from qtp.weights.verify import verify
 from qtp.wire.messages import Chunk, Ready, Sample, StepPlan, StepResult, TokenLogprobs
 from qtp.worker.graphs import Decode, DecodeGraphs, Told, buckets
-from qtp.worker.memory import card_of, largest_step, measure, naming_memory
+from qtp.worker.memory import card_of, first_steps, largest_step, measure, naming_memory
 from qtp.worker.sampling import PROMPT_TILE, Sampler, as_sample
 from qtp.worker.sequence import Sequence
 
@@ -107,6 +107,10 @@ class Worker:
         del tensors, shard  # what kernels have brought into another form is not held twice while memory is measured
         self.graphs: DecodeGraphs | None = None
         self.num_kv_blocks = config.num_kv_blocks or self._grow(config, model_config.vocab_size)
+        if config.kernels == "triton" and _compiles(device):
+            self.doing = BEGINNING
+            for plan in first_steps(config, model_config.vocab_size):
+                self.execute(plan)
         self.graphs = self._captured(config, kernels, model_config.hidden_size)
         self.doing = STEPPING
 
@@ -276,6 +280,11 @@ class Worker:
             targets = s.token_ids[chunk.start + at + 1 : chunk.start + stop + 1]
             told += self.sampler.prompt_logprobs(self.model.logits(hidden_TD[first + at : first + stop]), targets, count)
         return told
+
+
+def _compiles(device: torch.device) -> bool:
+    """Whether kernels in Triton are compiled for `device` when they are first met."""
+    return device.type == "cuda"
 
 
 def _has_graphs(device: torch.device) -> bool:

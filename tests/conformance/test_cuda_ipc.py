@@ -8,7 +8,7 @@ import itertools
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -363,6 +363,22 @@ def test_ranks_that_share_a_card_talk_through_host_memory_and_others_by_nccl() -
         assert [type(comm) for comm in found] == [kind] * 2, found
         for comm in found:
             assert "'nccl'" in str(comm) if isinstance(comm, ValueError) else comm.close() is None  # type: ignore[attr-defined]
+
+
+def test_nccl_says_which_ranks_have_the_same_card() -> None:
+    """And takes those whose launcher shows each its own; a torch without CUDA has no more to say."""
+    for cards, words in ((("a", "b", "a"), "ranks 0 and 2 have the same one; start fewer"), (("a", "b", "c"), "build with CUDA")):
+        listener = socket.create_server(("127.0.0.1", 0))
+        port, descriptor = listener.getsockname()[1], listener.detach()
+
+        def call(rank: int, port: int = port, descriptor: int = descriptor, cards: Sequence[str] = cards) -> Communicator:
+            first = descriptor if rank == 0 else None
+            rendezvous = Rendezvous(rank=rank, size=3, local_rank=rank, local_size=3, port=port, listener=first, timeout=20.0)
+            return torch_group.over_nccl(rendezvous, torch.device("cuda", 0), cards[rank])
+
+        for error in run_threads([0, 1, 2], call):
+            assert isinstance(error, ValueError)
+            assert words in str(error)
 
 
 class Library:

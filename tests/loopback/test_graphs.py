@@ -24,6 +24,7 @@ from qtp import LLM, RequestOutput, SamplingParams
 from qtp.attention import triton_backend
 from qtp.config import EngineConfig, ModelConfig
 from qtp.kernels.triton import vocabulary
+from qtp.wire.messages import StepPlan, StepResult
 from qtp.worker import worker
 from qtp.worker.graphs import DecodeGraphs, buckets
 from qtp.worker.worker import Worker
@@ -238,6 +239,30 @@ def test_no_graph_outlives_the_communicator(
             monkeypatch.setattr(StandIn, "replay", Mock(side_effect=torch.AcceleratorError("no")))
         serve(llm, shrinking(2))
     assert not graphs
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_first_steps_meet_the_kernels_and_leave_nothing(tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+    execute = Worker.execute
+
+    def noted(self: Worker, plan: StepPlan) -> StepResult:
+        assert self.graphs is None or not plan.started
+        if self.comm.rank == 0 and plan.chunks:
+            begun.append(sum(chunk.count for chunk in plan.chunks))
+        return execute(self, plan)
+
+    jobs = shrinking(2)
+    with without("sliding", tp, communicator="loopback", max_num_seqs=2) as llm:
+        wanted = serve(llm, jobs)
+    monkeypatch.setattr(worker, "_compiles", lambda device: True)
+    monkeypatch.setattr(Worker, "execute", noted)
+    choices = {"communicator": "loopback", "max_num_batched_tokens": 4, "num_kv_blocks": 40}
+    with with_graphs("sliding", tp, max_num_seqs=2, **choices) as (llm, _):
+        assert begun == [1, 2] + [1] * 3 + [2] * 3
+        assert llm.ranks.worker is not None
+        assert not llm.ranks.worker.sequences
+        check(serve(llm, jobs), wanted)
 
 
 def test_graphs_hold_what_ranks_can_sum_within_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from qtp.config import EngineConfig
 from qtp.memory import STEPPING as STEP
 from qtp.memory import Use, kv_blocks, ran_out, rooms, told
 from qtp.worker import worker as worker_module
-from qtp.worker.memory import Card, largest_step, measure
+from qtp.worker.memory import Card, first_steps, largest_step, measure
 from qtp.worker.worker import Worker
 
 GIB = 2**30
@@ -136,6 +136,27 @@ def test_the_largest_step(tokens: int, seqs: int, length: int, lengths: list[int
     assert all(len(chunk.new_blocks) == -(-chunk.count // 16) for chunk in plan.chunks)
     assert {i for new in plan.started for i in new.token_ids} <= set(range(37))
     assert forget.dropped == tuple(range(len(lengths)))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seqs", "length", "prompts", "rows"),
+    [
+        (8192, 64, 9000, [1, 2, 5, 17, 33, 65, 129, 257, 1025], [1, 2, 5, 17, 33]),
+        (64, 300, 9000, [1, 2, 5, 17, 33], [1, 2, 5, 17, 33]),
+        (64, 1, 5, [1, 2], [1]),
+    ],
+)
+def test_the_first_steps(tokens: int, seqs: int, length: int, prompts: list[int], rows: list[int]) -> None:
+    """Within what steps may have; each is forgotten before the next."""
+    given = config(max_num_batched_tokens=tokens, max_num_seqs=seqs, max_model_len=length)
+    plans = first_steps(given, vocab_size=37)
+    steps, forgets = plans[::2], plans[1::2]
+    assert [[c.count for c in plan.chunks] for plan in steps] == [[n] for n in prompts] + [
+        [1] * n for n in rows for _ in range(3)
+    ]
+    assert [plan.dropped for plan in forgets] == [tuple(range(len(plan.chunks))) for plan in steps]
+    kinds = [(s.only_best, s.logprobs, s.top_k) for plan in steps[len(prompts) :] for s in [plan.started[0].sampling]]
+    assert kinds == [(True, None, 0), (False, 0, 0), (False, None, 2)] * len(rows)
 
 
 @dataclass

@@ -112,7 +112,8 @@ def _attend(
     return more_G, sum_G, o1_GE, o2_GE
 
 
-@triton.jit
+# What is given of numbers of sequences, slices of one tensor, begins at any 8 bytes: no kernel of its own for those at 16.
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["lens_ptr", "starts_ptr", "tables_ptr"])
 def decode(
     qkv_ptr, keys_ptr, values_ptr, out_ptr, sums_ptr, stats_ptr, lens_ptr, starts_ptr, tables_ptr, cos_ptr, sin_ptr,
     heads_ptr,
@@ -232,7 +233,7 @@ def decode(
             tl.store(place_GE + HEAD_DIM // 2, (o2_GE / sum_G[:, None]).to(kind), mask=inside_GE)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["lens_ptr"])
 def merge(
     sums_ptr, stats_ptr, out_ptr, lens_ptr, query_heads, splits, window,
     HEAD_DIM: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
@@ -264,7 +265,7 @@ def merge(
     tl.store(place_E, (out_E / total).to(out_ptr.dtype.element_ty), mask=inside_E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
 def turn_and_write(
     qkv_ptr, keys_ptr, values_ptr, slots_ptr, cos_ptr, sin_ptr, ks_ptr, ko_ptr, vs_ptr, vo_ptr, qs_ptr, qo_ptr,
     qkv_stride, query_heads, kv_heads,
@@ -304,7 +305,7 @@ def turn_and_write(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["starts_ptr", "tables_ptr"])
 def prefill(
     qkv_ptr, keys_ptr, values_ptr, out_ptr, tiles_ptr, starts_ptr, tables_ptr, kv_of_ptr,
     ks_ptr, ko_ptr, vs_ptr, vo_ptr, scale, qkv_stride, query_heads, kv_heads, block_size, window,

@@ -184,11 +184,15 @@ class GroupedExperts:
     def _by_tiles(self, x: Tensor, weights: Tensor, chosen: Tensor, partial: Tensor) -> None:
         tokens, top_k = chosen.shape
         pairs = tokens * top_k
-        tile = _FLOAT32 if x.dtype == torch.float32 else next(tile for most, tile in _TILES if pairs / self.limit <= most)
+        most, tile = next((most, tile) for most, tile in _TILES if pairs / self.limit <= most)
+        if x.dtype == torch.float32:
+            most, tile = _TILES[-1][0], _FLOAT32
         blocks = pairs // tile.pairs + self.held
         listed = torch.empty(pairs, dtype=torch.int32, device=x.device)
         cut = torch.empty(blocks, 3, dtype=torch.int32, device=x.device)
-        block_p, block_b = min(4096, triton.next_power_of_2(pairs)), triton.next_power_of_2(blocks)
+        # few sizes, for each is compiled when it is first met: those of the most pairs that go to such tiles
+        block_p = next((size for size in (256, 1024) if pairs <= size), 4096)
+        block_b = triton.next_power_of_2(int(min(most * self.limit, max(_PAIRS, top_k))) // tile.pairs + self.held)
         expert_kernels.sort_pairs[(self.held,)](
             chosen, self.ids, listed, cut, pairs, blocks, self.held, BLOCK_M=tile.pairs, BLOCK_P=block_p, BLOCK_B=block_b,
             **options(x, 4 if block_p < 2048 else 8, 1),

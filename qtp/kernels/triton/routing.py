@@ -38,7 +38,7 @@ def _choose(
     tl.store(chosen_ptr + token * K + at_K, chosen_K.to(tl.int64), mask=at_K < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _scale(gate_ptr, x_ptr, T, D, gate_stride, leaf_stride, x_stride, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
     row, at_D = tl.program_id(0), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     leaf, token = (row // T).to(tl.int64), (row % T).to(tl.int64)

@@ -89,7 +89,7 @@ def _one_token(
     _give(logits_V1, rows_V, tl.arange(0, 1), 1, V, out_ptr, columns_ptr, out_stride, FORM)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["columns_ptr"])
 def _some_tokens(
     x_ptr,
     w_ptr,
@@ -127,7 +127,7 @@ def _some_tokens(
     _give(sums_VT, rows_V, tokens_T, T, V, out_ptr, columns_ptr, out_stride, FORM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["columns_ptr"])
 def _merge(keys_ptr, columns_ptr, value_ptr, column_ptr, B, BLOCK_B: tl.constexpr, PDL: tl.constexpr):
     """The best of a token's B blocks, whose rows ascend."""
     token, at_B = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_B)
