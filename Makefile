@@ -14,9 +14,9 @@ demo: .venv/ready
 	.venv/bin/torchrun --standalone --nproc-per-node 2 -m qtp.run_pa --model qtp/demo/dense --tp 2 --max_batch_size 2 --max_output_length 48 \
 	    --input_texts "def mean(data):" "class Path:"
 
-# One more at a time than CI has cores: much of it waits.
+# One more at a time than CI has cores: much of it waits. Files in their order: small ones come last.
 test: .venv/ready
-	$(PY) -m pytest -n 3 --dist loadfile
+	$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # On a machine with a card, by the Python whose torch knows it (PYTHON=...); nothing of this project need be installed there.
 test-cuda:

@@ -304,9 +304,9 @@ def prepare(config: EngineConfig) -> tuple[EngineConfig, ModelConfig]:
     if asked != "auto":
         _check_communicator(config, world_size)
     elif config.communicator == "gloo" and config.device == "cuda" and rendezvous.rank == 0:
-        more = "there are more of them on this host than the %d cards that each sees%s"
-        own = "; if it is shown one of its own, --communicator nccl is faster" if cards == 1 else ""
-        log.warning("ranks talk over gloo, through host memory: " + more, cards, own)
+        log.warning("ranks talk over gloo, through host memory: there are more of them on this host than its %d cards", cards)
+        if cards == 1 and world_size > 1:
+            log.warning("if the launcher shows each rank a card of its own, --communicator nccl is faster")
     elif config.communicator == "gloo" and (reason := SHM.why_not()) and rendezvous.rank == 0:
         log.warning("ranks talk over gloo, which is slower than shared memory: %s", reason)
     if any_kernels and config.device == "cpu" and (reason := why_no_kernels()) and rendezvous.rank == 0:

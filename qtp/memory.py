@@ -135,7 +135,9 @@ READING = Doing("reading the weights", "raise tp, take a quantized checkpoint, o
 MEASURING = Doing(
     "running a step of the largest size", "lower max_num_batched_tokens or max_num_seqs, raise tp, or use a card that is free"
 )
-BEGINNING = Doing("running the first steps", "lower gpu_memory_utilization, num_kv_blocks or max_num_batched_tokens")
+BEGINNING = Doing(
+    "running the first steps", "lower gpu_memory_utilization, num_kv_blocks, max_num_batched_tokens or max_num_seqs"
+)
 ALLOCATING = Doing("making the KV cache", "lower gpu_memory_utilization, num_kv_blocks or kv_cache_gib")
 CAPTURING = Doing("capturing CUDA graphs", "lower gpu_memory_utilization or max_num_seqs")
 STEPPING = Doing("running a step", "lower gpu_memory_utilization, num_kv_blocks, max_num_batched_tokens or max_num_seqs")

@@ -25,7 +25,7 @@ _KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 _ROWS, _PREFILL_TILE = 128, 64
 _DECODE_TILE, _SPLIT_TILE = 128, 64  # tokens at a time: many sequences, and parts of few
 _PROGRAMS = 2 * 132  # that decoding should fill: two for each multiprocessor of an H100
-_MOST_SPLITS = 64
+_FEW_SPLITS, _MOST_SPLITS = 8, 64
 _AHEAD = 8  # parts of a sequence from which on a program has so few tokens that it waits for its first ones
 
 
@@ -122,7 +122,7 @@ class TritonAttention:
                 *(sums, stats, out_THd, tables.lens_S, self.heads, splits, window or 0),
                 **self._merge,
                 **flags,
-                SPLITS=triton.next_power_of_2(max(splits, 8)),  # each size is a kernel to compile
+                SPLITS=_FEW_SPLITS if splits <= _FEW_SPLITS else _MOST_SPLITS,  # each size is a kernel to compile
                 **options(qkv_THd, 1, 1),
             )
 

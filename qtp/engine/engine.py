@@ -146,11 +146,13 @@ class Engine:
         """Of the plan, which is begun if it was not; the step after it, if it may be, is begun before."""
         if self._begun is None:
             self._begin(plan)
+            self._begun = plan, chosen
         alone = len(chosen) <= self.ahead and all(chunk.count == 1 and chunk.sample for chunk in plan.chunks)
         follows = alone and all(s.sampling.only_best for s in chosen)
-        self._begun = self.scheduler.follow(chosen) if follows else None
-        if self._begun is not None:
-            self._begin(self._begun[0])
+        following = self.scheduler.follow(chosen) if follows else None
+        if following is not None:
+            self._begin(following[0])
+        self._begun = following
         return self._finish()
 
     def _begin(self, plan: StepPlan) -> None:

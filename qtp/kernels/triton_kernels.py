@@ -1,6 +1,6 @@
 """Kernels for CUDA devices: Triton's where reading a weight takes the time or several passes become one, torch's matrix product
 for several tokens. Nothing waits for the device, and nothing depends on values, so that a step can be captured in a CUDA graph;
-but for experts that `triton.experts` does not take (W8A16 by group, several types in one), which go one by one.
+but for experts that `triton.experts` does not take (W8A16 by group, unlike ones), which go one by one.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -131,12 +131,13 @@ def largest_step(config: EngineConfig, vocab_size: int) -> tuple[StepPlan, StepP
 
 def first_steps(config: EngineConfig, vocab_size: int) -> list[StepPlan]:
     """Steps that ask for the kernels which requests will, where each is compiled when it is first met: a prompt of each of
-    _SIZES, for they differ in the number of tokens, and so many sequences, chosen by the best, from whole logits and by top_k.
-    All their KV goes to block 0."""
+    _SIZES, for they differ in the number of tokens, and so many sequences, and the most, chosen by the best, from whole logits
+    and by top_k. All their KV goes to block 0."""
     assert config.max_model_len is not None
     specs = (SamplingSpec(), SamplingSpec(logprobs=0), SamplingSpec(temperature=1.0, top_k=2))
     steps = [_step([n], specs[0], config, vocab_size) for n in _SIZES if n <= config.max_model_len - 1]
-    steps += [_step([1] * n, spec, config, vocab_size) for n in _SIZES if n <= config.max_num_seqs for spec in specs]
+    rows = sorted({n for n in _SIZES if n < config.max_num_seqs} | {config.max_num_seqs})
+    steps += [_step([1] * n, spec, config, vocab_size) for n in rows for spec in specs]
     return [plan for step in steps if sum(c.count for c in step[0].chunks) <= config.max_num_batched_tokens for plan in step]
 
 

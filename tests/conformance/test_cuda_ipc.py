@@ -9,8 +9,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -365,9 +367,10 @@ def test_ranks_that_share_a_card_talk_through_host_memory_and_others_by_nccl() -
             assert "'nccl'" in str(comm) if isinstance(comm, ValueError) else comm.close() is None  # type: ignore[attr-defined]
 
 
-def test_nccl_says_which_ranks_have_the_same_card() -> None:
-    """And takes those whose launcher shows each its own; a torch without CUDA has no more to say."""
-    for cards, words in ((("a", "b", "a"), "ranks 0 and 2 have the same one; start fewer"), (("a", "b", "c"), "build with CUDA")):
+def test_nccl_says_which_ranks_have_the_same_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And takes those whose launcher shows each its own."""
+    monkeypatch.setattr(torch_group, "NCCL", replace(torch_group.NCCL, group=Mock(side_effect=ValueError("made"))))
+    for cards, words in ((("a", "b", "a"), "ranks 0 and 2 have the same one; start fewer"), (("a", "b", "c"), "made")):
         listener = socket.create_server(("127.0.0.1", 0))
         port, descriptor = listener.getsockname()[1], listener.detach()
 

@@ -4,6 +4,7 @@ Triton's interpreter, which tests run kernels in, there are no variants.
 """
 
 import json
+import sys
 from collections import defaultdict
 from typing import Any
 
@@ -33,8 +34,10 @@ def main() -> None:
     from qtp.kv.cache import KVCache
 
     host = torch.device("cpu")
-    backend = TritonAttention(KVCache(1, 400, 16, 8, 64, torch.bfloat16, host, None), (0,) * 2 + tuple(range(1, 8)), host)
-    for decodes in range(21):
+    kv_heads = int(sys.argv[1])
+    cache = KVCache(1, 400, 16, kv_heads, 64, torch.bfloat16, host, None)
+    backend = TritonAttention(cache, tuple(i // 2 for i in range(2 * kv_heads)), host)
+    for decodes in range(41):
         for chunks in range(4):
             parts = [((1,), 3, (i,)) for i in range(decodes)] + [((1,) * 9, 3, (100 + i,)) for i in range(chunks)]
             if not parts:
@@ -42,7 +45,10 @@ def main() -> None:
             batch = make_batch([(tuple(ids), start, table) for ids, start, table in parts], 16, host)
             tokens = len(batch.token_ids_T)
             backend.run(
-                backend.plan(batch, *torch.ones(2, tokens, 32)), 0, torch.zeros(tokens, 25, 64, dtype=torch.bfloat16), None
+                backend.plan(batch, *torch.ones(2, tokens, 32)),
+                0,
+                torch.zeros(tokens, 4 * kv_heads, 64, dtype=torch.bfloat16),
+                None,
             )
     head = VocabularyHead(torch.zeros(2100, 64, dtype=torch.bfloat16))
     for tokens in range(2, 17):  # which go by one size of tiles

@@ -191,7 +191,7 @@ class GroupedExperts:
         listed = torch.empty(pairs, dtype=torch.int32, device=x.device)
         cut = torch.empty(blocks, 3, dtype=torch.int32, device=x.device)
         # few sizes, for each is compiled when it is first met: those of the most pairs that go to such tiles
-        block_p = next((size for size in (256, 1024) if pairs <= size), 4096)
+        block_p = 1024 if tile is _TILES[0][1] else 4096
         block_b = triton.next_power_of_2(int(min(most * self.limit, max(_PAIRS, top_k))) // tile.pairs + self.held)
         expert_kernels.sort_pairs[(self.held,)](
             chosen, self.ids, listed, cut, pairs, blocks, self.held, BLOCK_M=tile.pairs, BLOCK_P=block_p, BLOCK_B=block_b,
@@ -201,13 +201,12 @@ class GroupedExperts:
         for product, inputs, share, out in ((self.gate_up, x, top_k, h), (self.down, h, 1, y)):
             gated = product is self.gate_up
             rows, scales, share = self._input(product, inputs, share, chosen, top_k)
-            if product.kind == "w8a8_fp8" and tile.rows > _MANY_FP8.rows:
-                tile = _MANY_FP8
-            block_c = tile.bytes // rows.dtype.itemsize
+            own = _MANY_FP8 if product.kind == "w8a8_fp8" and tile.rows > _MANY_FP8.rows else tile
+            block_c = own.bytes // rows.dtype.itemsize
             flags = {"SHARE": share, **product.flags, "GATED": gated, "GROUP": _GROUP}
-            expert_kernels.tiles[(blocks * triton.cdiv(out.shape[1], tile.rows // 2 if gated else tile.rows),)](
+            expert_kernels.tiles[(blocks * triton.cdiv(out.shape[1], own.rows // 2 if gated else own.rows),)](
                 rows, scales, out, listed, cut, product.table, blocks, rows.stride(0), out.shape[1], rows.shape[1], **flags,
-                BLOCK_M=tile.pairs, BLOCK_N=tile.rows, BLOCK_C=block_c, **options(x, tile.warps, tile.stages),
+                BLOCK_M=own.pairs, BLOCK_N=own.rows, BLOCK_C=block_c, **options(x, own.warps, own.stages),
             )  # fmt: skip
         block_d = min(1024, triton.next_power_of_2(self.hidden))
         expert_kernels.combine[(tokens, triton.cdiv(self.hidden, block_d))](
