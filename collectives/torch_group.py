@@ -62,8 +62,7 @@ class Backend:
 
 class TorchGroup(Communicator):
     def __init__(self, backend: Backend, store: Any, rank: int, size: int, rendezvous: Rendezvous, device: torch.device) -> None:
-        if device.type != backend.device_type:
-            raise ValueError(f"communicator {backend.name!r} works on {backend.device_type}, not on device {device.type}")
+        _check_device(backend, device)
         self.rank, self.size, self.device = rank, size, device
         self._backend, self._store, self._rendezvous = backend, store, rendezvous
         self._splits = 0
@@ -194,6 +193,11 @@ def _keep(group: Any, work: Any) -> None:
         time.sleep(_SLICE.total_seconds())
 
 
+def _check_device(backend: Backend, device: torch.device) -> None:
+    if device.type != backend.device_type:
+        raise ValueError(f"communicator {backend.name!r} works on {backend.device_type}, not on device {device.type}")
+
+
 @contextmanager
 def _as_collective_error(name: str) -> Iterator[None]:
     try:
@@ -315,6 +319,7 @@ def gloo(rendezvous: Rendezvous, device: torch.device, *, chosen: str = "gloo") 
 def nccl(rendezvous: Rendezvous, device: torch.device) -> Communicator:
     """NVIDIA's library, for CUDA tensors; one rank a GPU. The caller has made `device` the current one. ValueError on every rank
     if two of them have the same: by its name, for where each rank is shown its own alone, all have the number 0."""
+    _check_device(NCCL, device)
     return over_nccl(rendezvous, device, name_of_card(device))
 
 
