@@ -325,8 +325,7 @@ def nccl(rendezvous: Rendezvous, device: torch.device) -> Communicator:
 
 def over_nccl(rendezvous: Rendezvous, device: torch.device, card: str) -> Communicator:
     """As `nccl`, of a rank whose card has the name `card`."""
-    store = join(rendezvous, "nccl")
-    cards = _exchange_over(store, "card", rendezvous)(card.encode())
+    store, cards = _cards(rendezvous, "nccl", card)
     for rank, name in enumerate(cards):
         if (first := cards.index(name)) < rank:
             raise ValueError(
@@ -336,6 +335,12 @@ def over_nccl(rendezvous: Rendezvous, device: torch.device, card: str) -> Commun
     return TorchGroup(NCCL, store, rendezvous.rank, rendezvous.size, rendezvous, device)
 
 
+def _cards(rendezvous: Rendezvous, chosen: str, card: str) -> tuple[Any, list[bytes]]:
+    """The store that all ranks share, and the names of their cards."""
+    store = join(rendezvous, chosen)
+    return store, _exchange_over(store, "card", rendezvous)(card.encode())
+
+
 def name_of_card(device: torch.device) -> str:
     """The same in every process, whatever number it knows the CUDA device by."""
     return str(torch.cuda.get_device_properties(device).uuid)
@@ -343,8 +348,7 @@ def name_of_card(device: torch.device) -> str:
 
 def nccl_or_gloo(rendezvous: Rendezvous, device: torch.device, chosen: str, card: str) -> Communicator:
     """NCCL if each rank tells the name of another `card`; otherwise gloo through host memory. chosen: as in `gloo`."""
-    store = join(rendezvous, chosen)
-    cards = _exchange_over(store, "card", rendezvous)(card.encode())
+    store, cards = _cards(rendezvous, chosen, card)
     if len(set(cards)) == rendezvous.size:
         return TorchGroup(NCCL, store, rendezvous.rank, rendezvous.size, rendezvous, device)
     group = TorchGroup(GLOO, store, rendezvous.rank, rendezvous.size, rendezvous, torch.device("cpu"))

@@ -41,6 +41,7 @@ NATIVE = "compiled kernels run on CPUs"
 LEAVES = "deterministic needs the compiled kernels, which run on CPUs"
 COMMANDS = "leaves the device to auto and expects what that chooses without a card"
 THREADS = "threads that talk through the host cannot be in a graph; processes can, in test_parity_processes"
+STAND_IN = "watches the stand-in for graphs"
 LEFT_OUT = {
     **{
         f"tests/processes/test_{name}.py": COMMANDS
@@ -63,7 +64,9 @@ LEFT_OUT = {
             *("one_rank_that_waits_for_the_device_is_enough", "ranks_choose_together"),
         )
     },
-    "tests/loopback/test_graphs.py::test_no_graph_outlives_the_communicator": "watches the stand-in for graphs",
+    "tests/loopback/test_graphs.py::test_no_graph_outlives_the_communicator": STAND_IN,
+    "tests/loopback/test_graphs.py::test_other_ranks_free_theirs_too": STAND_IN,
+    "tests/loopback/test_graphs.py::test_first_steps_meet_the_kernels_and_leave_nothing": STAND_IN,
     "tests/processes/test_deterministic_processes.py": LEAVES,
     "tests/unit/test_int8_attention.py": NATIVE,
     "tests/unit/test_native_attention.py": NATIVE,
@@ -87,7 +90,7 @@ ON_DEVICE = (
     "tests/loopback/test_triton.py",
     "tests/loopback/test_wire_replay.py",
     "tests/processes/test_parity_processes.py",
-    *(f"tests/unit/test_triton_{name}.py" for name in ("attention", "experts", "linear", "quantized", "vocabulary")),
+    *(f"tests/unit/test_triton_{name}.py" for name in ("attention", "experts", "linear", "parts", "quantized", "vocabulary")),
 )
 
 

@@ -241,6 +241,20 @@ def test_no_graph_outlives_the_communicator(
     assert not graphs
 
 
+def test_other_ranks_free_theirs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[StandIn] = []
+    begin = StandIn.__init__
+
+    def noted(self: StandIn) -> None:
+        begin(self)
+        graphs.append(self)
+
+    monkeypatch.setattr(StandIn, "__init__", noted)
+    with with_graphs("sliding", 2, communicator="loopback", max_num_seqs=1):
+        assert [bool(graph.steps) for graph in graphs] == [True] * 4, "two of each rank"
+    assert not any(graph.steps for graph in graphs)
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 def test_first_steps_meet_the_kernels_and_leave_nothing(tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[int] = []
